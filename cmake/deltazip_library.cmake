@@ -1,0 +1,41 @@
+# deltazip_library(NAME SOURCES ... DEPENDS ...): one folder of csrc/ as a static library.
+# deltazip_test(NAME SOURCES ... DEPENDS ...): one GoogleTest binary, found by ctest.
+
+add_library(deltazip_options INTERFACE)
+target_compile_options(deltazip_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
+                                                  -Wnon-virtual-dtor -fvisibility=hidden)
+if(DELTAZIP_WERROR)
+  target_compile_options(deltazip_options INTERFACE -Werror)
+endif()
+if(DELTAZIP_SANITIZE)
+  target_compile_options(deltazip_options INTERFACE -fsanitize=${DELTAZIP_SANITIZE}
+                                                    -fno-omit-frame-pointer)
+  target_link_options(deltazip_options INTERFACE -fsanitize=${DELTAZIP_SANITIZE})
+endif()
+
+function(deltazip_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS;PRIVATE_DEPENDS" ${ARGN})
+  if(ARG_SOURCES)
+    add_library(deltazip_${name} STATIC ${ARG_SOURCES})
+    target_include_directories(deltazip_${name} PUBLIC ${PROJECT_SOURCE_DIR}/include
+                                                PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+    target_link_libraries(deltazip_${name} PUBLIC ${ARG_DEPENDS}
+                                           PRIVATE deltazip_options ${ARG_PRIVATE_DEPENDS})
+  else()  # headers only
+    add_library(deltazip_${name} INTERFACE)
+    target_include_directories(deltazip_${name} INTERFACE ${PROJECT_SOURCE_DIR}/include)
+    target_link_libraries(deltazip_${name} INTERFACE ${ARG_DEPENDS})
+  endif()
+  add_library(deltazip::${name} ALIAS deltazip_${name})
+endfunction()
+
+function(deltazip_test name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc
+                                             ${PROJECT_SOURCE_DIR}/tests/cpp)
+  target_compile_definitions(${name} PRIVATE
+                             DELTAZIP_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data")
+  target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS} GTest::gtest_main)
+  add_test(NAME ${name} COMMAND ${name})
+endfunction()

@@ -1,0 +1,1 @@
+#include "deltazip/base/thread_pool.h"

@@ -1,0 +1,98 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "deltazip/backend/ops.h"
+#include "deltazip/base/tensor_view.h"
+
+namespace deltazip {
+
+// An ordered queue of work on one device.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  virtual void synchronize() = 0;  // returns when all work given so far is done
+};
+
+// A point in a stream that can be asked for or waited for.
+class Event {
+ public:
+  virtual ~Event() = default;
+  virtual void record(Stream& stream) = 0;
+  virtual bool is_done() const = 0;
+  virtual void wait(Stream& stream) = 0;  // later work of `stream` waits for the recorded point
+};
+
+// Device memory. Freed on destruction; movable, not copyable.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(void* data, std::size_t num_bytes, std::shared_ptr<void> owner)
+      : owner_(std::move(owner)), data_(data), num_bytes_(num_bytes) {}
+  Buffer(Buffer&&) = default;
+  Buffer& operator=(Buffer&&) = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  void* data() const { return data_; }
+  std::size_t num_bytes() const { return num_bytes_; }
+
+ private:
+  std::shared_ptr<void> owner_;
+  void* data_ = nullptr;
+  std::size_t num_bytes_ = 0;
+};
+
+struct MemoryInfo {
+  std::size_t total_bytes = 0;
+  std::size_t free_bytes = 0;
+};
+
+struct BackendOptions {
+  int num_threads = 0;  // CPU: 0 is one per available core. Ignored by devices.
+  std::string isa;      // CPU: "", or force "scalar", "avx2", "avx512" (tests, measurements)
+};
+
+// One device: memory, streams, events, the packing of weights, and its Ops.
+// One per engine; used by the engine's thread, except pack_* and tile_delta, which any thread may
+// call. Memory is 64-byte aligned.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string description() const = 0;  // "cpu: AVX-512, 2 threads"
+  virtual Ops& ops() = 0;
+  virtual MemoryInfo memory_info() const = 0;
+  virtual bool shares_host_memory() const = 0;  // device pointers may be read by the host
+  virtual DType activation_dtype(DType weight_dtype) const = 0;  // CPU: always float32
+
+  virtual Buffer allocate(std::size_t num_bytes) = 0;       // throws ResourceExhausted
+  virtual Buffer allocate_host(std::size_t num_bytes) = 0;  // pinned where that exists
+  virtual std::unique_ptr<Stream> create_stream() = 0;
+  virtual std::unique_ptr<Event> create_event() = 0;
+  virtual void copy_to_device(void* device, const void* host, std::size_t num_bytes,
+                              Stream& stream) = 0;
+  virtual void copy_to_host(void* host, const void* device, std::size_t num_bytes,
+                            Stream& stream) = 0;
+  virtual void copy_on_device(void* to, const void* from, std::size_t num_bytes,
+                              Stream& stream) = 0;
+
+  // Base weights. packed_bytes is what pack_weight writes to `device`; `host` is [rows, columns].
+  virtual std::size_t packed_bytes(DType dtype, std::int64_t rows, std::int64_t columns) const = 0;
+  virtual void pack_weight(void* device, ConstTensorView host, Stream& stream) = 0;
+
+  // Deltas: the one re-tiling between file and kernel, host to host.
+  virtual std::size_t tiled_bytes(DeltaType type, std::int64_t rows, std::int64_t columns,
+                                  std::int32_t group_size) const = 0;
+  virtual void tile_delta(void* host, const DeltaSource& source) const = 0;
+};
+
+// "cpu", or "cuda" / "cuda:N" (its library is opened on demand).
+// Throws InvalidArgument: an unknown name, no such device, or no CUDA library, with what was found.
+std::unique_ptr<Backend> make_backend(std::string_view device, const BackendOptions& options = {});
+
+}  // namespace deltazip

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "deltazip/backend/backend.h"
+#include "deltazip/delta/delta_file.h"
+
+namespace deltazip {
+
+// Where one tensor of a delta lies in its bytes.
+struct DeltaPart {
+  std::string name;
+  DeltaKind kind = DeltaKind::kUnchanged;
+  DeltaMatrix matrix;                     // kMatrix: all but `data`
+  std::int64_t num_elements = 0;          // kReplaced: stored as float32
+  std::size_t offset = 0, num_bytes = 0;  // 64-byte aligned
+};
+
+// One delta in host memory, tiled for a backend, laid out layer by layer so that a copy to the
+// device can be pipelined: chunk i holds layer i; the last chunk everything outside the layers.
+struct HostDelta {
+  Digest content_digest;
+  std::vector<DeltaPart> parts;  // by name
+  struct Chunk {
+    std::size_t offset, num_bytes;
+  };
+  std::vector<Chunk> chunks;
+  Buffer bytes;  // Backend::allocate_host
+};
+
+// What is known of a variant without its bytes.
+struct DeltaSummary {
+  std::string path;  // as given
+  Digest content_digest;
+  std::size_t file_bytes = 0;
+  std::size_t tiled_bytes = 0;  // what it takes in host memory and in a slot
+  std::string manifest_json;
+};
+
+// The bytes of all variants: on disk always, tiled in host memory within a budget (least recently
+// used go first; they can be read again). Thread-safe.
+class DeltaStore {
+ public:
+  // `base_tensors`: what every delta must cover. `layer_of(name)` gives a tensor's layer, -1 if
+  // none.
+  DeltaStore(Backend& backend, Digest base_digest, std::vector<BaseTensor> base_tensors,
+             std::size_t host_budget_bytes);
+  ~DeltaStore();
+
+  // Opens and fully validates; keeps the mapping, so later replacement of the path changes nothing.
+  // Returns a handle that stays valid until remove().
+  std::int32_t add(const std::filesystem::path& path);
+  const DeltaSummary& summary(std::int32_t handle) const;
+  void remove(std::int32_t handle);
+
+  // The tiled bytes, from memory or by tiling the file again. Slow; not on the engine's thread.
+  std::shared_ptr<const HostDelta> get(std::int32_t handle);
+  std::size_t host_bytes() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace deltazip

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "deltazip/base/digest.h"
+#include "deltazip/schedule/types.h"
+
+namespace deltazip {
+
+// Who has which KV block. Host integers only; the bytes live in KvCache. Engine thread.
+// A full block may be published under a key; when its last owner leaves it stays findable, and is
+// handed out again, oldest first, only when no never-used block is left.
+class BlockAllocator {
+ public:
+  explicit BlockAllocator(std::int32_t num_blocks);
+
+  std::optional<BlockId> allocate();  // nullopt when none is free; forgets an evicted block's key
+  void share(BlockId block);          // one more owner
+  void release(BlockId block);        // the last owner frees it
+  std::int32_t num_owners(BlockId block) const;
+
+  // Prefix cache. A key names a run of tokens from the start of a sequence, of one variant's
+  // content and one salt, so equal keys mean equal bytes.
+  void publish(BlockId block, const Digest& key);     // first come stays; others are ignored
+  std::optional<BlockId> acquire(const Digest& key);  // finds and shares
+  bool contains(const Digest& key) const;
+
+  std::int32_t num_blocks() const;
+  std::int32_t num_free() const;  // never-used and cached-but-unowned
+  void check() const;             // free + owned == all, no block twice; throws InternalError
+
+ private:
+  // ... (the owner of this folder fills this in)
+};
+
+// Keys of the full blocks of `tokens`: key[i] = SHA-256(key[i-1] or root, tokens of block i).
+// root = SHA-256(variant content digest, salt).
+Digest prefix_root(const Digest& variant_content, std::span<const std::byte> salt);
+Digest next_prefix_key(const Digest& previous, std::span<const std::int32_t> block_tokens);
+
+}  // namespace deltazip

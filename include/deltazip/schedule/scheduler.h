@@ -1,0 +1,121 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "deltazip/base/digest.h"
+#include "deltazip/schedule/types.h"
+
+namespace deltazip {
+
+struct SchedulerConfig {
+  std::int32_t num_blocks = 0;
+  std::int32_t block_size = 16;         // KV positions of a block
+  std::int32_t max_batch_tokens = 512;  // rows of one step, prefill chunks and decodes together
+  std::int32_t max_batch_sequences = 64;
+  std::int32_t max_variants_per_batch = 8;  // distinct deltas in one step
+  std::int32_t max_waiting = 4096;          // sequences; one more is refused
+  std::int32_t max_model_len = 0;           // prompt + output
+  std::int32_t num_delta_slots = 8;
+  std::int64_t delta_budget_bytes = 0;
+  std::int32_t max_variant_wait_steps = 64;  // then a waiting variant goes before warm ones
+  bool prefix_caching = true;
+};
+
+// What the scheduler must know of a sequence. Sampling is not its business.
+struct SequenceSpec {
+  SequenceId id = 0;
+  VariantId variant = kBaseVariant;
+  std::vector<std::int32_t> prompt;
+  std::int32_t max_new_tokens = 0;
+  std::int32_t priority = 0;     // lower runs first; ties by arrival
+  Digest prefix_root;            // variant content + salt
+  bool use_prefix_cache = true;  // false for prompt logprobs: every prompt row must be computed
+};
+
+// One sequence's share of a step: tokens [start, start + num_tokens) are computed.
+struct ScheduledChunk {
+  SequenceId id = 0;
+  VariantId variant = kBaseVariant;
+  SlotId slot = kNoSlot;
+  std::int32_t start = 0;
+  std::int32_t num_tokens = 0;
+  bool samples = false;                  // the chunk ends at the sequence's last known token
+  std::span<const std::int32_t> tokens;  // the sequence's tokens of this chunk; valid until commit
+  std::span<const BlockId> blocks;       // its block table; valid until commit
+};
+
+struct BlockCopy {
+  BlockId from, to;  // copy on write, before the step's kernels
+};
+
+struct DeltaLoad {
+  SlotId slot;
+  VariantId variant;
+  std::vector<SlotId> evicted;
+};
+
+// One step's decision, a value. The engine carries it out and commits it.
+struct Plan {
+  std::vector<ScheduledChunk> chunks;  // sorted by slot, so that a segment's rows are neighbours
+  std::vector<BlockCopy> copies;
+  std::vector<DeltaLoad> loads;       // to start now; asynchronous
+  std::vector<SequenceId> preempted;  // blocks given back; recomputed later. For metrics
+  std::int32_t num_tokens = 0;
+  bool empty() const { return chunks.empty(); }
+};
+
+struct SchedulerStats {
+  std::int32_t num_waiting = 0, num_running = 0;
+  std::int32_t num_blocks = 0, num_free_blocks = 0;
+  std::int64_t num_preemptions = 0;
+  std::int64_t prefix_hit_tokens = 0, prefix_query_tokens = 0;
+};
+
+// Who runs next. Host integers only; one thread. plan() -> the engine runs it -> commit().
+class Scheduler {
+ public:
+  explicit Scheduler(const SchedulerConfig& config);
+  ~Scheduler();
+
+  // Variants are made known with the bytes their delta takes in a slot (0 for the base).
+  void add_variant(VariantId variant, std::int64_t num_bytes);
+  // Drain: true when no sequence uses it any more and it is forgotten; call again until true.
+  bool try_remove_variant(VariantId variant);
+
+  // Throws ResourceExhausted (queue full) or InvalidArgument (too long for the cache or the model).
+  void add(SequenceSpec spec);
+  // n > 1: `child` continues a copy of `parent`'s tokens; full blocks are shared, the last one is
+  // copied on write. The parent must have finished its prompt. The child starts running at once.
+  void fork(SequenceId parent, SequenceId child);
+  void cancel(SequenceId id);  // waiting or running; blocks come back now. Unknown ids are ignored
+  bool has(SequenceId id) const;
+  bool has_work() const;  // anything waiting or running
+
+  void delta_loaded(SlotId slot);
+  // The sequences that waited for it are dropped and named, for the engine to fail.
+  std::vector<SequenceId> delta_load_failed(SlotId slot);
+
+  Plan plan();
+  struct Outcome {
+    SequenceId id;
+    std::int32_t token = -1;  // the sampled token, for chunks with samples
+    bool finished = false;    // stop, length or error, as the engine judged
+  };
+  // One Outcome for each chunk that samples. Publishes full blocks, frees finished sequences.
+  void commit(const Plan& plan, std::span<const Outcome> outcomes);
+
+  std::span<const std::int32_t> tokens(SequenceId id) const;  // prompt and output
+  SchedulerStats stats() const;
+  void check() const;  // all ledgers; throws InternalError
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace deltazip

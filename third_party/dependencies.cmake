@@ -1,0 +1,55 @@
+# Every C++ dependency, by name. Nothing is vendored: each comes from the system or from PyPI.
+# A missing one is named with the command that installs it.
+
+function(deltazip_require package hint)
+  if(NOT ${package}_FOUND)
+    message(FATAL_ERROR "DeltaZip needs ${package}. Install it with: ${hint}")
+  endif()
+endfunction()
+
+find_package(Threads REQUIRED)
+
+# libcrypto: SHA-256. Linked statically where the archive is there, so that wheels carry it.
+set(OPENSSL_USE_STATIC_LIBS TRUE)
+find_package(OpenSSL COMPONENTS Crypto QUIET)
+if(NOT OPENSSL_FOUND)
+  set(OPENSSL_USE_STATIC_LIBS FALSE)
+  find_package(OpenSSL COMPONENTS Crypto QUIET)
+endif()
+deltazip_require(OpenSSL "apt install libssl-dev")
+
+# nlohmann-json, header-only: from PyPI inside `pip install .`, else from the system.
+find_package(Python3 COMPONENTS Interpreter QUIET)
+if(Python3_FOUND)
+  execute_process(
+    COMMAND ${Python3_EXECUTABLE} -c
+            "import importlib.resources as r; print(r.files('nlohmann_json') / 'include')"
+    OUTPUT_VARIABLE DELTAZIP_PYPI_JSON OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+find_path(NLOHMANN_JSON_INCLUDE nlohmann/json.hpp HINTS ${DELTAZIP_PYPI_JSON})
+if(NOT NLOHMANN_JSON_INCLUDE)
+  message(FATAL_ERROR "DeltaZip needs nlohmann-json. Install it with: pip install nlohmann-json "
+                      "(or apt install nlohmann-json3-dev)")
+endif()
+add_library(deltazip_json INTERFACE)
+add_library(deltazip::json ALIAS deltazip_json)
+target_include_directories(deltazip_json SYSTEM INTERFACE ${NLOHMANN_JSON_INCLUDE})
+
+if(DELTAZIP_TESTS)
+  find_package(GTest QUIET)
+  deltazip_require(GTest "apt install libgtest-dev")
+endif()
+
+if(DELTAZIP_BENCHMARKS)
+  find_package(benchmark QUIET)
+  deltazip_require(benchmark "apt install libbenchmark-dev")
+endif()
+
+if(DELTAZIP_PYTHON)
+  find_package(Python 3.10 COMPONENTS Interpreter Development.Module REQUIRED)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
+    OUTPUT_VARIABLE DELTAZIP_PYPI_PYBIND11 OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  find_package(pybind11 3.0 QUIET CONFIG HINTS ${DELTAZIP_PYPI_PYBIND11})
+  deltazip_require(pybind11 "pip install 'pybind11>=3'")
+endif()
