@@ -1,5 +1,7 @@
-# deltazip_library(NAME SOURCES ... DEPENDS ...): one folder of csrc/ as a static library.
+# deltazip_library(NAME SOURCES ... DEPENDS ... PRIVATE_DEPENDS ...): a folder of csrc/, static.
 # deltazip_test(NAME SOURCES ... DEPENDS ...): one GoogleTest binary, found by ctest.
+# deltazip_fuzz(NAME SOURCES ... DEPENDS ...): one libFuzzer binary.
+# A test is built with DELTAZIP_TESTS, a fuzzer with DELTAZIP_FUZZ; otherwise the call does nothing.
 
 add_library(deltazip_options INTERFACE)
 target_compile_options(deltazip_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
@@ -7,10 +9,23 @@ target_compile_options(deltazip_options INTERFACE -Wall -Wextra -Wpedantic -Wsha
 if(DELTAZIP_WERROR)
   target_compile_options(deltazip_options INTERFACE -Werror)
 endif()
-if(DELTAZIP_SANITIZE)
-  target_compile_options(deltazip_options INTERFACE -fsanitize=${DELTAZIP_SANITIZE}
+
+set(DELTAZIP_SANITIZE_FLAGS "")
+if(DELTAZIP_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES Clang)
+    message(FATAL_ERROR "DELTAZIP_FUZZ needs clang (apt install clang), but the C++ compiler is "
+                        "${CMAKE_CXX_COMPILER_ID}. Configure with CXX=clang++ (preset fuzz).")
+  endif()
+  set(DELTAZIP_SANITIZE_FLAGS -fsanitize=fuzzer-no-link,address,undefined)
+elseif(DELTAZIP_SANITIZE)
+  set(DELTAZIP_SANITIZE_FLAGS -fsanitize=${DELTAZIP_SANITIZE})
+endif()
+if(DELTAZIP_SANITIZE_FLAGS)
+  # -fno-sanitize-recover: undefined behaviour fails the test instead of printing a line.
+  list(APPEND DELTAZIP_SANITIZE_FLAGS -fno-sanitize-recover=all)
+  target_compile_options(deltazip_options INTERFACE ${DELTAZIP_SANITIZE_FLAGS}
                                                     -fno-omit-frame-pointer)
-  target_link_options(deltazip_options INTERFACE -fsanitize=${DELTAZIP_SANITIZE})
+  target_link_options(deltazip_options INTERFACE ${DELTAZIP_SANITIZE_FLAGS})
 endif()
 
 function(deltazip_library name)
@@ -24,12 +39,15 @@ function(deltazip_library name)
   else()  # headers only
     add_library(deltazip_${name} INTERFACE)
     target_include_directories(deltazip_${name} INTERFACE ${PROJECT_SOURCE_DIR}/include)
-    target_link_libraries(deltazip_${name} INTERFACE ${ARG_DEPENDS})
+    target_link_libraries(deltazip_${name} INTERFACE ${ARG_DEPENDS} ${ARG_PRIVATE_DEPENDS})
   endif()
   add_library(deltazip::${name} ALIAS deltazip_${name})
 endfunction()
 
 function(deltazip_test name)
+  if(NOT DELTAZIP_TESTS)
+    return()
+  endif()
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
   add_executable(${name} ${ARG_SOURCES})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc
@@ -38,4 +56,15 @@ function(deltazip_test name)
                              DELTAZIP_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data")
   target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS} GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name})
+endfunction()
+
+function(deltazip_fuzz name)
+  if(NOT DELTAZIP_FUZZ)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+  target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS})
 endfunction()

@@ -9,20 +9,31 @@ endfunction()
 
 find_package(Threads REQUIRED)
 
+# One interpreter for the module, pybind11 and the headers that come from PyPI.
+if(DELTAZIP_PYTHON)
+  find_package(Python 3.10 COMPONENTS Interpreter Development.Module REQUIRED)
+  set(DELTAZIP_INTERPRETER ${Python_EXECUTABLE})
+else()
+  find_package(Python3 COMPONENTS Interpreter QUIET)
+  set(DELTAZIP_INTERPRETER ${Python3_EXECUTABLE})
+endif()
+
 # libcrypto: SHA-256. Linked statically where the archive is there, so that wheels carry it.
 set(OPENSSL_USE_STATIC_LIBS TRUE)
 find_package(OpenSSL COMPONENTS Crypto QUIET)
 if(NOT OPENSSL_FOUND)
   set(OPENSSL_USE_STATIC_LIBS FALSE)
   find_package(OpenSSL COMPONENTS Crypto QUIET)
+  if(OPENSSL_FOUND)
+    message(STATUS "libcrypto.a not found: wheels will need the system's libcrypto.so")
+  endif()
 endif()
-deltazip_require(OpenSSL "apt install libssl-dev")
+deltazip_require(OpenSSL "apt install libssl-dev (dnf install openssl-devel)")
 
 # nlohmann-json, header-only: from PyPI inside `pip install .`, else from the system.
-find_package(Python3 COMPONENTS Interpreter QUIET)
-if(Python3_FOUND)
+if(DELTAZIP_INTERPRETER)
   execute_process(
-    COMMAND ${Python3_EXECUTABLE} -c
+    COMMAND ${DELTAZIP_INTERPRETER} -c
             "import importlib.resources as r; print(r.files('nlohmann_json') / 'include')"
     OUTPUT_VARIABLE DELTAZIP_PYPI_JSON OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
@@ -37,18 +48,17 @@ target_include_directories(deltazip_json SYSTEM INTERFACE ${NLOHMANN_JSON_INCLUD
 
 if(DELTAZIP_TESTS)
   find_package(GTest QUIET)
-  deltazip_require(GTest "apt install libgtest-dev")
+  deltazip_require(GTest "apt install libgtest-dev (dnf install gtest-devel)")
 endif()
 
 if(DELTAZIP_BENCHMARKS)
   find_package(benchmark QUIET)
-  deltazip_require(benchmark "apt install libbenchmark-dev")
+  deltazip_require(benchmark "apt install libbenchmark-dev (dnf install google-benchmark-devel)")
 endif()
 
 if(DELTAZIP_PYTHON)
-  find_package(Python 3.10 COMPONENTS Interpreter Development.Module REQUIRED)
   execute_process(
-    COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
+    COMMAND ${DELTAZIP_INTERPRETER} -m pybind11 --cmakedir
     OUTPUT_VARIABLE DELTAZIP_PYPI_PYBIND11 OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   find_package(pybind11 3.0 QUIET CONFIG HINTS ${DELTAZIP_PYPI_PYBIND11})
   deltazip_require(pybind11 "pip install 'pybind11>=3'")
