@@ -89,9 +89,10 @@ class Scheduler {
 
   // Throws ResourceExhausted (queue full) or InvalidArgument (too long for the cache or the model).
   void add(SequenceSpec spec);
-  // n > 1: `child` continues a copy of `parent`'s tokens; full blocks are shared, the last one is
-  // copied on write. The parent must have finished its prompt. The child starts running at once.
-  void fork(SequenceId parent, SequenceId child);
+  // n > 1: called between steps, after the commit of the parent's first token. `child` continues a
+  // copy of the parent's tokens with `last_token` in place of the last (whose KV is not computed
+  // yet). Full blocks are shared, the last one is copied on write. The child runs at once.
+  void fork(SequenceId parent, SequenceId child, std::int32_t last_token);
   void cancel(SequenceId id);  // waiting or running; blocks come back now. Unknown ids are ignored
   bool has(SequenceId id) const;
   bool has_work() const;  // anything waiting or running
