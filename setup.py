@@ -57,7 +57,10 @@ class CMakeBuild(build_ext):
         # --fresh: an isolated build leaves paths of a vanished environment in the cache.
         command = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
         command += [f"-DCMAKE_BUILD_TYPE={build_type}", "-DDELTAZIP_PYTHON=ON"]
-        command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DPython3_EXECUTABLE={sys.executable}"]
+        command += [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+        ]
         command += os.environ.get("DELTAZIP_CMAKE_ARGS", "").split()
         subprocess.run(command, check=True)
 
