@@ -39,7 +39,13 @@ struct ModelConfig {
   // Throws InvalidArgument naming the key, what was expected and what came. Reads both spellings
   // of rope settings: rope_theta + rope_scaling (transformers 4) and rope_parameters (5).
   static ModelConfig parse(std::string_view config_json);
+  // generation_config.json's eos_token_id, where it has one, replaces config.json's.
+  void apply_generation_config(std::string_view generation_config_json);
   void validate() const;
+
+  // The longest sequence the position encoding is made for: max_positions, or that times the
+  // factor where RoPE scales itself with the length (dynamic).
+  std::int64_t max_length() const;
 };
 
 }  // namespace deltazip

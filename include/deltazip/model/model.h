@@ -55,9 +55,10 @@ struct Batch {
 // Engine thread, except bind().
 class Model {
  public:
-  // Packs the weights layer by layer; `checkpoint` may be closed afterwards.
+  // Packs the weights layer by layer; `checkpoint` may be closed afterwards. Positions are below
+  // `max_length`; 0: config.max_length(). Throws InvalidArgument if weights and config disagree.
   Model(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,
-        std::int32_t max_batch_tokens, std::int32_t max_logit_rows);
+        std::int32_t max_batch_tokens, std::int32_t max_logit_rows, std::int64_t max_length = 0);
   ~Model();
 
   const ModelConfig& config() const;
@@ -69,9 +70,12 @@ class Model {
   const VariantWeights* base() const;
   // Throws InvalidArgument if a part has a kind this model cannot serve (e.g. a replaced matrix).
   static void check_servable(const ModelConfig& config, const DeltaFile& file);
+  // Any thread. The result points into `delta`, which must outlive it.
   std::shared_ptr<const VariantWeights> bind(const DeviceDelta& delta) const;
 
-  // Returns logits [logit_rows, vocab_size], float32, on the device, valid until the next call.
+  // Returns logits [logit_rows, vocab_size] on the device, valid until the next call; of the
+  // backend's activation dtype (float32 on the CPU). `batch` must live until the stream has
+  // passed, and the stream must have passed before the next call.
   ConstTensorView forward(const Batch& batch, KvCache& cache, Stream& stream);
 
  private:
