@@ -1,9 +1,10 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -43,6 +44,13 @@ class DeltaFile {
   const Digest& content_digest() const;  // of everything that changes an answer; checked
   const std::string& manifest_json() const;
   std::size_t num_bytes() const;
+  const std::string& name() const;  // the path, as given
+
+  // `tensor` with its bytes copied to `storage`, which grows as needed and must outlive the result.
+  // Reads the file, not the mapping: one cut short since open() is an InvalidArgument here.
+  DeltaTensor load(const DeltaTensor& tensor, std::vector<std::byte>& storage) const;
+  // Throws InvalidArgument when the file on disk was changed in place since open().
+  void check_unchanged() const;
 
  private:
   DeltaFile();

@@ -1,0 +1,82 @@
+#include "deltazip/delta/dequantize.h"
+
+#include <array>
+#include <cstddef>
+
+#include "deltazip/base/dtype.h"
+#include "deltazip/base/error.h"
+
+namespace deltazip {
+namespace {
+
+using Bytes = std::span<const std::byte>;
+
+unsigned byte_at(Bytes row, std::size_t index) { return std::to_integer<unsigned>(row[index]); }
+
+// Half a byte: the low one first.
+unsigned nibble_at(Bytes row, std::size_t index) {
+  return (byte_at(row, index / 2) >> (4 * (index % 2))) & 15u;
+}
+
+unsigned ternary_code_at(Bytes row, std::size_t group) {
+  unsigned code = 0;
+  for (std::size_t bit = 0; bit < 5; ++bit) {
+    const std::size_t position = 5 * group + bit;
+    code |= ((byte_at(row, position / 8) >> (position % 8)) & 1u) << bit;
+  }
+  return code;
+}
+
+// The four values of a 2:4 group, not yet scaled.
+std::array<int, 4> group_values(DeltaType type, Bytes values, Bytes indices, std::size_t group) {
+  std::array<int, 4> out{};
+  if (type == DeltaType::kSparse24Ternary) {
+    const TernaryState& state = ternary_states()[ternary_code_at(values, group)];
+    out[state.index0] = state.value0;
+    out[state.index1] = state.value1;
+    return out;
+  }
+  const unsigned places = nibble_at(indices, group);
+  if (type == DeltaType::kSparse24Int4) {
+    out[places & 3u] = static_cast<int>(byte_at(values, group) & 15u) - 8;
+    out[places >> 2] = static_cast<int>(byte_at(values, group) >> 4) - 8;
+  } else {
+    const unsigned codes = nibble_at(values, group);
+    out[places & 3u] = 2 * static_cast<int>(codes & 3u) - 3;
+    out[places >> 2] = 2 * static_cast<int>(codes >> 2) - 3;
+  }
+  return out;
+}
+
+float scale_at(Bytes scales, std::size_t index) {
+  return to_float(Half{static_cast<std::uint16_t>(byte_at(scales, 2 * index) |
+                                                  (byte_at(scales, 2 * index + 1) << 8))});
+}
+
+}  // namespace
+
+void dequantize_row(const DeltaSource& source, std::int64_t row, std::span<float> out) {
+  DZ_CHECK(row >= 0 && row < source.rows, "dequantize_row: row ", row, " of ", source.rows);
+  DZ_CHECK(static_cast<std::int64_t>(out.size()) == source.columns, "dequantize_row: room for ",
+           out.size(), " columns, the matrix has ", source.columns);
+  const auto row_of = [&](Bytes bytes) {
+    const std::size_t size = bytes.size() / static_cast<std::size_t>(source.rows);
+    return bytes.subspan(static_cast<std::size_t>(row) * size, size);
+  };
+  const Bytes values = row_of(source.values), indices = row_of(source.indices);
+  const Bytes scales = row_of(source.scales);
+  const auto group_size = static_cast<std::size_t>(source.group_size);
+  for (std::size_t column = 0; column < out.size(); ++column) {
+    int value = 0;
+    if (is_sparse24(source.type)) {
+      value = group_values(source.type, values, indices, column / 4)[column % 4];
+    } else if (source.type == DeltaType::kDenseInt4) {
+      value = static_cast<int>(nibble_at(values, column)) - 8;
+    } else {
+      value = static_cast<int>(byte_at(values, column)) - 128;
+    }
+    out[column] = scale_at(scales, column / group_size) * static_cast<float>(value);
+  }
+}
+
+}  // namespace deltazip
