@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "deltazip/base/digest.h"
@@ -33,7 +34,22 @@ class BlockAllocator {
   void check() const;             // free + owned == all, no block twice; throws InternalError
 
  private:
-  // ... (the owner of this folder fills this in)
+  struct Block {
+    std::int32_t num_owners = 0;
+    bool has_key = false;
+    Digest key;
+    BlockId older = -1, newer = -1;  // neighbours among the idle, oldest first
+  };
+  Block& at(BlockId block);
+  const Block& at(BlockId block) const;
+  void push_idle(BlockId block);
+  void remove_idle(BlockId block);
+
+  std::vector<Block> blocks_;
+  std::vector<BlockId> unkeyed_;  // free, nothing to find in them; a stack
+  BlockId oldest_idle_ = -1, newest_idle_ = -1;
+  std::int32_t num_idle_ = 0;  // free, but still found by their key
+  std::unordered_map<Digest, BlockId> by_key_;
 };
 
 // Keys of the full blocks of `tokens`: key[i] = SHA-256(key[i-1] or root, tokens of block i).

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "deltazip/schedule/types.h"
@@ -32,10 +33,29 @@ class DeltaSlots {
   void unpin(SlotId slot);
   void touch(SlotId slot);         // used in this step
   void remove(VariantId variant);  // unloaded by the operator; must not be pinned
-  void check() const;
+
+  std::int32_t num_slots() const;
+  std::int64_t free_bytes() const;
+  std::int64_t num_bytes(SlotId slot) const;  // 0 when empty
+  std::int32_t num_pins(SlotId slot) const;
+  void check() const;  // throws InternalError
 
  private:
-  // ... (the owner of this folder fills this in)
+  struct Slot {
+    State state = State::kEmpty;
+    VariantId variant = kBaseVariant;
+    std::int64_t num_bytes = 0;
+    std::int32_t num_pins = 0;
+    std::uint64_t last_used = 0;
+  };
+  Slot& at(SlotId slot);
+  const Slot& at(SlotId slot) const;
+  void clear(Slot& slot);
+
+  std::vector<Slot> slots_;
+  std::unordered_map<VariantId, SlotId> by_variant_;
+  std::int64_t budget_bytes_, used_bytes_ = 0;
+  std::uint64_t clock_ = 0;  // of uses
 };
 
 }  // namespace deltazip

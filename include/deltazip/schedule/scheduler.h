@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -62,9 +63,9 @@ struct DeltaLoad {
 // One step's decision, a value. The engine carries it out and commits it.
 struct Plan {
   std::vector<ScheduledChunk> chunks;  // sorted by slot, so that a segment's rows are neighbours
-  std::vector<BlockCopy> copies;
-  std::vector<DeltaLoad> loads;       // to start now; asynchronous
-  std::vector<SequenceId> preempted;  // blocks given back; recomputed later. For metrics
+  std::vector<BlockCopy> copies;       // to do in this order
+  std::vector<DeltaLoad> loads;        // to start now; asynchronous
+  std::vector<SequenceId> preempted;   // blocks given back; recomputed later. For metrics
   std::int32_t num_tokens = 0;
   bool empty() const { return chunks.empty(); }
 };
@@ -86,13 +87,16 @@ class Scheduler {
   void add_variant(VariantId variant, std::int64_t num_bytes);
   // Drain: true when no sequence uses it any more and it is forgotten; call again until true.
   bool try_remove_variant(VariantId variant);
+  // Where a variant's delta is, or is being loaded to.
+  std::optional<SlotId> slot_of(VariantId variant) const;
 
   // Throws ResourceExhausted (queue full) or InvalidArgument (too long for the cache or the model).
   void add(SequenceSpec spec);
-  // n > 1: called between steps, after the commit of the parent's first token. `child` continues a
-  // copy of the parent's tokens with `last_token` in place of the last (whose KV is not computed
-  // yet). Full blocks are shared, the last one is copied on write. The child runs at once.
-  void fork(SequenceId parent, SequenceId child, std::int32_t last_token);
+  // n > 1: `child` continues a copy of `parent`'s tokens; full blocks are shared, the last one is
+  // copied on write. Between plan() and commit(), if the parent's chunk samples, the child joins
+  // the plan and commit() takes an Outcome for it too: its own first token. Otherwise the parent
+  // must have finished its prompt. The child starts running at once.
+  void fork(SequenceId parent, SequenceId child);
   void cancel(SequenceId id);  // waiting or running; blocks come back now. Unknown ids are ignored
   bool has(SequenceId id) const;
   bool has_work() const;  // anything waiting or running
@@ -107,7 +111,9 @@ class Scheduler {
     std::int32_t token = -1;  // the sampled token, for chunks with samples
     bool finished = false;    // stop, length or error, as the engine judged
   };
-  // One Outcome for each chunk that samples. Publishes full blocks, frees finished sequences.
+  // One Outcome for each chunk that samples; those of cancelled sequences are ignored. Publishes
+  // full blocks (not of a sequence that ends without a token), frees finished sequences. Every plan
+  // with chunks must be committed before the next one is made.
   void commit(const Plan& plan, std::span<const Outcome> outcomes);
 
   std::span<const std::int32_t> tokens(SequenceId id) const;  // prompt and output

@@ -1,0 +1,301 @@
+// The phases of a plan. docs/scheduling.md tells the policy and its bounds.
+
+#include <algorithm>
+
+#include "deltazip/base/error.h"
+#include "schedule/scheduler_impl.h"
+
+namespace deltazip {
+
+// A variant that made no progress for max_variant_wait_steps is overdue. The longest overdue is
+// served first: seats, slots, places and blocks are kept for it, and taken for it in the end.
+void Scheduler::Impl::serve_overdue(Plan& plan) {
+  const auto patience = static_cast<std::uint64_t>(config.max_variant_wait_steps);
+  hold_places = hold_slots = false;
+  num_open_seats = config.max_variants_per_batch - num_seats_taken;
+  give_turns_to_stalled();
+
+  // No more than can be served at once, so that a step costs the same however many wait.
+  std::vector<ScheduledVariant*> overdue;
+  const std::size_t num_served = slot_variant.size() + 1;
+  for (const auto& [since, id] : unserved) {
+    if (since + patience > step || overdue.size() == num_served) break;
+    overdue.push_back(&find_variant(id));
+  }
+  if (overdue.empty()) {
+    for (ScheduledVariant* variant : slot_variant) {
+      if (variant != nullptr) variant->is_closing = false;
+    }
+    return;
+  }
+
+  // Slots and bytes that are, or will be, free for the overdue.
+  std::int32_t num_slots_left = 0;
+  std::int64_t num_bytes_left = slots.free_bytes();
+  for (SlotId slot = 0; slot < slots.num_slots(); ++slot) {
+    const ScheduledVariant* variant = slot_variant[static_cast<std::size_t>(slot)];
+    if (variant != nullptr && (variant->num_running > 0 || !is_warm(*variant))) continue;
+    ++num_slots_left;
+    num_bytes_left += slots.num_bytes(slot);
+  }
+  const std::vector<ScheduledVariant*> seats = closable_seats();
+  std::size_t num_closed = 0;
+  const auto close_one = [&] {
+    if (num_closed == seats.size()) return false;
+    ++num_slots_left;
+    num_bytes_left += seats[num_closed++]->num_bytes;
+    return true;
+  };
+
+  for (ScheduledVariant* variant : overdue) {
+    bool has_seat = true;
+    if (!variant->is_base()) {
+      has_seat = num_open_seats > 0;
+      if (has_seat) {
+        --num_open_seats;
+      } else {
+        close_one();
+      }
+      if (variant->slot == kNoSlot) {
+        while ((num_slots_left < 1 || num_bytes_left < variant->num_bytes) && close_one()) {
+        }
+        --num_slots_left;
+        num_bytes_left -= variant->num_bytes;
+        if (!hold_slots && !try_load(*variant, /*is_overdue=*/true, plan)) hold_slots = true;
+      } else if (is_warm(*variant)) {
+        --num_slots_left;
+        num_bytes_left -= variant->num_bytes;
+      }
+    }
+    if (has_seat && is_warm(*variant) && !try_admit_overdue(*variant->head(), plan)) {
+      hold_places = true;
+    }
+  }
+
+  for (std::size_t i = 0; i < seats.size(); ++i) {
+    ScheduledVariant& seat = *seats[i];
+    if (seat.num_running == 0) continue;  // an overdue sequence took its last place just now
+    if (i < num_closed && !seat.is_closing) seat.closing_since = step;
+    seat.is_closing = i < num_closed;
+    if (!seat.is_closing || step < seat.closing_since + patience) continue;
+    const std::vector<Sequence*> candidates = running;
+    for (Sequence* sequence : candidates) {
+      if (sequence->variant == &seat) preempt(*sequence, plan);
+    }
+  }
+}
+
+// A running sequence may lack blocks or a share of the batch for long: that is a wait too.
+void Scheduler::Impl::give_turns_to_stalled() {
+  const auto patience = static_cast<std::uint64_t>(config.max_variant_wait_steps);
+  for (std::size_t i = 0; i < running.size(); ++i) {
+    Sequence& sequence = *running[i];
+    // It moves forward in `running`, behind the turns given before: no index is skipped.
+    if (!sequence.has_turn() && sequence.last_scheduled_step + patience <= step) {
+      start_turn(sequence);
+    }
+  }
+}
+
+// Deltas with running sequences none of which has a turn: first those that drain already, then
+// those that have had their seat the longest.
+std::vector<ScheduledVariant*> Scheduler::Impl::closable_seats() {
+  std::vector<ScheduledVariant*> seats;
+  for (ScheduledVariant* variant : slot_variant) {
+    if (variant == nullptr) continue;
+    const bool has_turn = std::any_of(running.begin(), running.end(), [&](const Sequence* s) {
+      return s->variant == variant && s->has_turn();
+    });
+    if (has_turn || variant->num_running == 0) {
+      variant->is_closing = false;
+    } else {
+      seats.push_back(variant);
+    }
+  }
+  const auto order = [](const ScheduledVariant* variant) {
+    return std::tuple(!variant->is_closing, variant->is_closing ? variant->closing_since : 0,
+                      variant->seated_since, variant->id);
+  };
+  std::sort(seats.begin(), seats.end(),
+            [&](const auto* a, const auto* b) { return order(a) < order(b); });
+  return seats;
+}
+
+// False: it must wait, and what becomes free is kept for it.
+bool Scheduler::Impl::try_admit_overdue(Sequence& sequence, Plan& plan) {
+  const auto patience = static_cast<std::uint64_t>(config.max_variant_wait_steps);
+  const bool may_take = sequence.variant->last_progress + 2 * patience <= step;
+  const bool has_place = static_cast<std::int32_t>(running.size()) < max_running;
+  const bool has_blocks = fits_now(sequence);
+  if (!has_place || !has_blocks) {
+    if (!may_take || !fits_beside(sequence, /*only_turns=*/true)) return false;
+    if (!has_place) {
+      if (running.back()->has_turn()) return false;
+      preempt(*running.back(), plan);
+    }
+  }
+  admit(sequence, /*with_turn=*/true);
+  return true;
+}
+
+// A waiting sequence of strictly higher priority takes the place and blocks of the lowest.
+void Scheduler::Impl::displace_by_priority(Plan& plan) {
+  while (!hold_places && !running.empty() && !running.back()->has_turn()) {
+    Sequence* sequence = best_candidate();
+    if (sequence == nullptr || sequence->priority >= running.back()->priority) return;
+    const bool has_place = static_cast<std::int32_t>(running.size()) < max_running;
+    if (has_place && fits_now(*sequence)) return;  // it will be admitted beside the others
+    if (!fits_beside(*sequence, /*only_turns=*/false)) return;
+    if (!has_place) preempt(*running.back(), plan);
+    admit(*sequence, /*with_turn=*/false);
+    if (!sequence->variant->is_base() && sequence->variant->num_running == 1) --num_open_seats;
+  }
+}
+
+// Decodes have their row before any prefill takes more than one. Blocks go by rank: the first can
+// always have all others preempted, so it always advances.
+void Scheduler::Impl::schedule_running(Plan& plan) {
+  const auto num_remaining = [](const Sequence& sequence) {
+    return static_cast<std::int32_t>(sequence.tokens.size()) - sequence.num_computed;
+  };
+  for (std::size_t i = 0; i < running.size(); ++i) {
+    const std::int32_t num_places = max_running - static_cast<std::int32_t>(plan.chunks.size());
+    if (num_places <= 0) break;
+    Sequence& sequence = *running[i];
+    if (!take_blocks(sequence, plan)) continue;
+    std::int32_t num_tokens = num_remaining(sequence);
+    if (num_tokens > 1) {
+      const auto num_decodes = static_cast<std::int32_t>(
+          std::count_if(running.begin() + static_cast<std::ptrdiff_t>(i) + 1, running.end(),
+                        [&](const Sequence* s) { return num_remaining(*s) == 1; }));
+      num_tokens = std::min(num_tokens, config.max_batch_tokens - plan.num_tokens -
+                                            std::min(num_decodes, num_places - 1));
+    }
+    if (num_tokens > 0) schedule(sequence, num_tokens, plan);
+  }
+}
+
+void Scheduler::Impl::admit_waiting(Plan& plan) {
+  // After a preemption blocks are scarce: who just lost them would come back to lose them again.
+  if (hold_places || !plan.preempted.empty()) return;
+  while (static_cast<std::int32_t>(running.size()) < max_running &&
+         static_cast<std::int32_t>(plan.chunks.size()) < max_running &&
+         plan.num_tokens < config.max_batch_tokens) {
+    Sequence* sequence = best_candidate();
+    if (sequence == nullptr || !fits_now(*sequence)) return;
+    admit(*sequence, /*with_turn=*/false);
+    if (!sequence->variant->is_base() && sequence->variant->num_running == 1) --num_open_seats;
+    DZ_INTERNAL(take_blocks(*sequence, plan), "sequence ", sequence->id, " was said to fit");
+    const auto num_remaining =
+        static_cast<std::int32_t>(sequence->tokens.size()) - sequence->num_computed;
+    schedule(*sequence, std::min(num_remaining, config.max_batch_tokens - plan.num_tokens), plan);
+  }
+}
+
+void Scheduler::Impl::order_loads(Plan& plan) {
+  while (!hold_slots && !cold.empty()) {
+    if (!try_load(find_variant(std::get<2>(*cold.begin())), false, plan)) return;
+  }
+}
+
+void Scheduler::Impl::finish_plan(Plan& plan) {
+  if (plan.chunks.empty()) {
+    DZ_INTERNAL(plan.copies.empty() && running.empty(), "an empty plan with ", running.size(),
+                " running sequences");
+    return;
+  }
+  std::stable_sort(plan.chunks.begin(), plan.chunks.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.slot, a.num_tokens > 1) < std::pair(b.slot, b.num_tokens > 1);
+  });
+  SlotId touched = kNoSlot;
+  for (const ScheduledChunk& chunk : plan.chunks) {
+    if (chunk.slot == touched) continue;
+    touched = chunk.slot;
+    slots.touch(touched);
+  }
+  num_planned = plan.chunks.size();
+  ++step;
+}
+
+// The best-ranked head of the warm variants that may admit.
+Sequence* Scheduler::Impl::best_candidate() const {
+  Sequence* best = variants.at(kBaseVariant)->head();
+  for (const ScheduledVariant* variant : slot_variant) {
+    if (variant == nullptr || variant->is_closing || !is_warm(*variant)) continue;
+    if (variant->num_running == 0 && num_open_seats <= 0) continue;
+    Sequence* head = variant->head();
+    if (head == nullptr || (best != nullptr && best->rank() < head->rank())) continue;
+    best = head;
+  }
+  return best;
+}
+
+// Whether all its known tokens find room without a preemption, and each running sequence one more
+// block: else what is admitted now would be preempted in the next steps.
+bool Scheduler::Impl::fits_now(Sequence& sequence) {
+  const auto num_tokens = static_cast<std::int32_t>(sequence.tokens.size());
+  const std::int32_t num_needed =
+      blocks_for(num_tokens) + static_cast<std::int32_t>(running.size());
+  if (num_needed <= allocator.num_free()) return true;
+  if (!config.prefix_caching || !sequence.use_prefix_cache) return false;
+  const std::int32_t num_lookups = (num_tokens - 1) / config.block_size;
+  extend_keys(sequence, num_lookups);
+  std::int32_t num_shared = 0;  // blocks that are in use already cost nothing
+  for (std::int32_t i = 0; i < num_lookups; ++i) {
+    const auto block = allocator.acquire(sequence.keys[static_cast<std::size_t>(i)]);
+    if (!block) break;
+    if (allocator.num_owners(*block) > 1) ++num_shared;
+    allocator.release(*block);
+  }
+  return num_needed - num_shared <= allocator.num_free();
+}
+
+// Whether it would find room if all running sequences that may be preempted for it were.
+bool Scheduler::Impl::fits_beside(const Sequence& sequence, bool only_turns) const {
+  std::int32_t num_held = 0;
+  for (const Sequence* other : running) {
+    const bool stays = only_turns ? other->has_turn() : other->rank() < sequence.rank();
+    if (stays) num_held += static_cast<std::int32_t>(other->blocks.size());
+  }
+  return blocks_for(static_cast<std::int64_t>(sequence.tokens.size())) <=
+         config.num_blocks - num_held;
+}
+
+// Blocks for all known tokens, and a block of its own to write into. All or nothing; preempts only
+// what ranks below, which this plan has not scheduled yet. False: it stalls in this step.
+bool Scheduler::Impl::take_blocks(Sequence& sequence, Plan& plan) {
+  const auto write_block = static_cast<std::size_t>(sequence.num_computed / config.block_size);
+  const std::int32_t num_missing = blocks_for(static_cast<std::int64_t>(sequence.tokens.size())) -
+                                   static_cast<std::int32_t>(sequence.blocks.size());
+  bool must_copy = false;
+  while (true) {
+    must_copy = write_block < sequence.blocks.size() &&
+                allocator.num_owners(sequence.blocks[write_block]) > 1;
+    if (num_missing + (must_copy ? 1 : 0) <= allocator.num_free()) break;
+    if (running.back() == &sequence) return false;
+    preempt(*running.back(), plan);
+  }
+  if (must_copy) {
+    const BlockId from = sequence.blocks[write_block];
+    sequence.blocks[write_block] = *allocator.allocate();
+    plan.copies.push_back({from, sequence.blocks[write_block]});
+    allocator.release(from);
+  }
+  for (std::int32_t i = 0; i < num_missing; ++i) sequence.blocks.push_back(*allocator.allocate());
+  return true;
+}
+
+void Scheduler::Impl::schedule(Sequence& sequence, std::int32_t num_tokens, Plan& plan) {
+  const auto start = static_cast<std::size_t>(sequence.num_computed);
+  const auto count = static_cast<std::size_t>(num_tokens);
+  sequence.num_in_flight = num_tokens;
+  sequence.samples_in_flight = start + count == sequence.tokens.size();
+  sequence.last_scheduled_step = step;
+  in_flight.push_back(&sequence);
+  plan.num_tokens += num_tokens;
+  plan.chunks.push_back({sequence.id, sequence.variant->id, sequence.variant->slot,
+                         sequence.num_computed, num_tokens, sequence.samples_in_flight,
+                         std::span(sequence.tokens).subspan(start, count), sequence.blocks});
+}
+
+}  // namespace deltazip
