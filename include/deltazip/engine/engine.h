@@ -14,11 +14,12 @@
 namespace deltazip {
 
 struct EngineConfig {
-  std::string base;  // Hugging Face folder
+  std::string base;       // Hugging Face folder
+  std::string base_name;  // what requests call the base; empty: the folder's name
   std::string device = "cpu";
   std::int32_t num_threads = 0;
   std::string kv_dtype = "auto";         // auto: float32 on the CPU, the model's on a GPU
-  std::int64_t kv_cache_bytes = 0;       // 0: what is left of memory_budget_bytes
+  std::int64_t kv_cache_bytes = 0;       // 0: what is left of the budget; see memory_plan.h
   std::int64_t memory_budget_bytes = 0;  // weights + scratch + slots + KV; 0: 80 % of free memory
   std::int64_t delta_budget_bytes = 0;  // slots; 0: room for num_delta_slots of the largest variant
   std::int64_t host_budget_bytes = 0;   // tiled deltas kept in host memory; 0: no bound

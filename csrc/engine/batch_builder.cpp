@@ -1,0 +1,60 @@
+#include "engine/batch_builder.h"
+
+namespace deltazip::engine {
+
+StepInput BatchBuilder::build(const Plan& plan, const RequestTable& requests) const {
+  StepInput input;
+  Batch& batch = input.batch;
+  for (std::size_t index = 0; index < plan.chunks.size(); ++index) {
+    const ScheduledChunk& chunk = plan.chunks[index];
+    const ChoiceRef choice = requests.at(chunk.id);
+    const ActiveRequest& request = *choice.request;
+    const auto first_row = static_cast<std::int32_t>(batch.tokens.size());
+
+    if (index == 0 || plan.chunks[index - 1].slot != chunk.slot) {
+      DZ_INTERNAL(index == 0 || plan.chunks[index - 1].slot < chunk.slot,
+                  "a plan's chunks are sorted by slot");
+      batch.segments.push_back({weights_of_slot_(chunk.slot), first_row, 0});
+    }
+    batch.segments.back().num_rows += chunk.num_tokens;
+    add_rows(chunk, request.prompt_length(), batch);
+
+    for (std::int32_t i = 0; i < chunk.num_tokens; ++i) {
+      // The row at position p scores the prompt token at p + 1, once: a recomputation after a
+      // preemption passes here again.
+      const std::int32_t next = chunk.start + i + 1;
+      if (request.wants_prompt_logprobs() && next < request.prompt_length() &&
+          !request.prompt_logprobs[static_cast<std::size_t>(next)]) {
+        batch.logit_rows.push_back(first_row + i);
+        input.uses.push_back({choice, index, next});
+      }
+    }
+    if (chunk.samples) {
+      batch.logit_rows.push_back(first_row + chunk.num_tokens - 1);
+      input.uses.push_back({choice, index, -1});
+    }
+  }
+  return input;
+}
+
+void BatchBuilder::add_rows(const ScheduledChunk& chunk, std::int32_t prompt_length,
+                            Batch& batch) const {
+  const std::int32_t end = chunk.start + chunk.num_tokens;
+  DZ_INTERNAL(
+      chunk.num_tokens > 0 && chunk.tokens.size() == static_cast<std::size_t>(chunk.num_tokens),
+      "a chunk of ", chunk.num_tokens, " tokens brings ", chunk.tokens.size());
+  DZ_INTERNAL(static_cast<std::int64_t>(chunk.blocks.size()) * block_size_ >= end,
+              chunk.blocks.size(), " blocks hold no ", end, " positions");
+  batch.sequences.push_back(
+      {static_cast<std::int32_t>(batch.tokens.size()), chunk.num_tokens, end, chunk.blocks.data()});
+  for (std::int32_t position = chunk.start; position < end; ++position) {
+    const std::int64_t block = chunk.blocks[static_cast<std::size_t>(position / block_size_)];
+    batch.tokens.push_back(chunk.tokens[static_cast<std::size_t>(position - chunk.start)]);
+    batch.positions.push_back(position);
+    batch.cache_slots.push_back(block * block_size_ + position % block_size_);
+    // Dynamic RoPE scales a prompt by its whole length, an output token by the length so far.
+    batch.rope_lengths.push_back(position < prompt_length ? prompt_length : position + 1);
+  }
+}
+
+}  // namespace deltazip::engine

@@ -1,0 +1,167 @@
+#include "engine/loop.h"
+
+#include <chrono>
+#include <cstddef>
+#include <utility>
+
+#include "engine/sampling.h"
+
+namespace deltazip::engine {
+namespace {
+
+using std::chrono::milliseconds;
+
+// While only a load can change anything, the inbox is looked at this often.
+constexpr int kLoadWaitMs = 5;
+constexpr milliseconds kIdleWait{10};
+// The scheduler must find something to run for waiting requests within this many turns.
+constexpr std::int32_t kMaxIdleTurns = 500;
+
+}  // namespace
+
+Loop::Loop(Resources& resources, FrontDesk& desk, Outbox& outbox, LogSink log)
+    : resources_(resources),
+      desk_(desk),
+      outbox_(outbox),
+      log_(std::move(log)),
+      scheduler_(resources.scheduler_config()),
+      slots_(*resources.deltas, *resources.model, resources.config.num_delta_slots),
+      builder_(resources.config.block_size, [this](SlotId slot) { return slots_.weights(slot); }),
+      stream_(resources.backend->create_stream()) {
+  publish();
+  thread_ = std::thread([this] { run(); });
+}
+
+Loop::~Loop() {
+  desk_.stop();
+  join();
+}
+
+void Loop::join() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void Loop::run() noexcept {
+  std::string failure;
+  try {
+    while (!desk_.stop_requested()) turn();
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
+  end(failure);
+}
+
+void Loop::turn() {
+  accept();
+  const Plan plan = scheduler_.plan();
+  note(plan);
+  start_loads(plan);
+  if (plan.empty()) return wait_for_news();
+
+  const auto start = std::chrono::steady_clock::now();
+  const StepInput input = build(plan);
+  const Samples samples = forward_and_sample(plan, input);
+  commit(plan, input, samples);
+  const auto seconds = std::chrono::steady_clock::now() - start;
+  stats_.last_step_seconds = std::chrono::duration<double>(seconds).count();
+  ++stats_.num_steps;
+  num_idle_turns_ = 0;
+  desk_.progress();
+  publish();
+}
+
+void Loop::wait_for_news() {
+  if (slots_.is_loading()) {
+    resources_.deltas->wait(kLoadWaitMs);
+  } else if (requests_.empty()) {
+    desk_.wait(std::chrono::hours(1));
+  } else {
+    ++num_idle_turns_;
+    DZ_INTERNAL(num_idle_turns_ < kMaxIdleTurns, "requests wait, but for ", num_idle_turns_,
+                " turns nothing could run");
+    desk_.wait(kIdleWait);
+  }
+}
+
+Loop::Samples Loop::forward_and_sample(const Plan& plan, const StepInput& input) {
+  Backend& backend = *resources_.backend;
+  for (const BlockCopy& copy : plan.copies) {
+    resources_.kv->copy_block(backend, copy.from, copy.to, *stream_);
+  }
+  const ConstTensorView logits = resources_.model->forward(input.batch, *resources_.kv, *stream_);
+
+  const std::size_t num_uses = input.uses.size();
+  Samples samples{std::vector<SampledToken>(num_uses),
+                  std::vector<std::vector<SampledToken>>(num_uses)};
+  if (num_uses == 0) {
+    stream_->synchronize();
+    return samples;
+  }
+  const auto row_for = [&](const LogitUse& use, std::int32_t choice_index) {
+    const ActiveRequest& request = *use.choice.request;
+    const SamplingParams& params = request.request.sampling;
+    if (use.scored_prompt >= 0) {
+      return scoring_row(request.request.prompt[static_cast<std::size_t>(use.scored_prompt)],
+                         params.prompt_logprobs);
+    }
+    const ChoiceRef choice{use.choice.request, choice_index};
+    return sampling_row(params, choice.seed(), request.stop_tokens,
+                        scheduler_.tokens(plan.chunks[use.chunk].id),
+                        request.request.prompt.size());
+  };
+
+  std::vector<SamplingRow> rows;
+  rows.reserve(num_uses);
+  for (const LogitUse& use : input.uses) rows.push_back(row_for(use, use.choice.index));
+  backend.ops().sample(samples.main, logits, rows, *stream_);
+
+  const std::size_t row_bytes = static_cast<std::size_t>(logits.size(1)) * size_of(logits.dtype);
+  for (std::size_t i = 0; i < num_uses; ++i) {
+    const LogitUse& use = input.uses[i];
+    const auto num_choices = static_cast<std::int32_t>(use.choice.request->choices.size());
+    const bool is_first_token = use.choice.index == 0 && use.choice.choice().num_output == 0;
+    if (use.scored_prompt >= 0 || !is_first_token) continue;
+    const ConstTensorView logit_row{static_cast<const std::byte*>(logits.data) + i * row_bytes,
+                                    logits.dtype,
+                                    {1, logits.size(1)}};
+    samples.forks[i].resize(static_cast<std::size_t>(num_choices - 1));
+    for (std::int32_t other = 1; other < num_choices; ++other) {
+      const SamplingRow row = row_for(use, other);
+      backend.ops().sample({&samples.forks[i][static_cast<std::size_t>(other - 1)], 1}, logit_row,
+                           {&row, 1}, *stream_);
+    }
+  }
+  stream_->synchronize();
+  return samples;
+}
+
+void Loop::end(const std::string& failure) {
+  has_failed_ = !failure.empty();
+  const std::string error = has_failed_ ? "the engine has stopped: " + failure : "";
+  const Finish finish = has_failed_ ? Finish::kError : Finish::kCancelled;
+  if (has_failed_) log_(LogLevel::kError, error);
+
+  for (ActiveRequest* request : requests_.all()) end_request(*request, finish, error);
+  publish();
+  std::vector<OutputEvent> late;
+  for (Command& command : desk_.close(failure)) {
+    const auto* submit = std::get_if<Submit>(&command);
+    for (std::int32_t i = 0; submit != nullptr && i < submit->request.sampling.n; ++i) {
+      OutputEvent event;
+      event.request_id = submit->request.id;
+      event.choice = i;
+      event.finish = finish;
+      event.error = error;
+      late.push_back(std::move(event));
+    }
+  }
+  outbox_.push(std::move(late));
+  outbox_.close();
+}
+
+void Loop::check() const {
+  scheduler_.check();
+  requests_.check();
+}
+
+}  // namespace deltazip::engine

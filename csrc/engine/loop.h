@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine/batch_builder.h"
+#include "engine/front_desk.h"
+#include "engine/outbox.h"
+#include "engine/requests.h"
+#include "engine/resources.h"
+#include "engine/variant_slots.h"
+
+namespace deltazip::engine {
+
+// The engine's thread and all that it alone touches. Commands come from the desk, events go to
+// the outbox. An error of one request ends that request; an error of a step ends the loop, loudly.
+class Loop {
+ public:
+  Loop(Resources& resources, FrontDesk& desk, Outbox& outbox, LogSink log);
+  ~Loop();  // stops and joins
+  Loop(const Loop&) = delete;
+  Loop& operator=(const Loop&) = delete;
+
+  void join();         // after FrontDesk::stop()
+  void check() const;  // on the engine's thread, or after join()
+
+ private:
+  using Finish = OutputEvent::Finish;
+
+  // What sampling made of a step.
+  struct Samples {
+    std::vector<SampledToken> main;                // [uses]
+    std::vector<std::vector<SampledToken>> forks;  // [uses]: first tokens of choices 1, 2, ...
+  };
+
+  // loop.cpp: the thread
+  void run() noexcept;
+  void turn();
+  void wait_for_news();
+  void end(const std::string& failure);
+  StepInput build(const Plan& plan) const { return builder_.build(plan, requests_); }
+  Samples forward_and_sample(const Plan& plan, const StepInput& input);
+
+  // accept.cpp: what comes in
+  void accept();
+  void handle(Submit& command);
+  void handle(Cancel& command);
+  void handle(AddVariant& command);
+  void handle(RemoveVariant& command);
+  void handle(Call& command);
+  void finish_loads();
+  void forget_drained();
+  void start_loads(const Plan& plan);
+
+  // commit.cpp: what goes out
+  void note(const Plan& plan);
+  void commit(const Plan& plan, const StepInput& input, const Samples& samples);
+  bool take_token(ChoiceRef choice, const SampledToken& sampled);  // true: it was the last
+  void end_choice(ChoiceRef choice);
+  void end_request(ActiveRequest& request, Finish finish, const std::string& error);
+  void set_running(ChoiceRef choice, bool is_running);
+  void publish();
+
+  Resources& resources_;
+  FrontDesk& desk_;
+  Outbox& outbox_;
+  const LogSink log_;
+  Scheduler scheduler_;
+  VariantSlots slots_;
+  BatchBuilder builder_;
+  std::unique_ptr<Stream> stream_;
+  RequestTable requests_;
+  std::map<VariantId, std::shared_ptr<VariantRecord>> variants_;  // known to the scheduler
+  std::vector<std::shared_ptr<VariantRecord>> draining_;
+  std::vector<OutputEvent> events_;  // of this turn
+  std::vector<std::int64_t> ended_;  // requests of this turn
+  EngineStats stats_;
+  std::mt19937_64 seeds_{std::random_device{}()};
+  std::int32_t num_idle_turns_ = 0;  // with work, but nothing to run and nothing to wait for
+  bool has_failed_ = false;          // the scheduler's state is not to be trusted
+  std::thread thread_;               // last: it uses all of the above
+};
+
+}  // namespace deltazip::engine
