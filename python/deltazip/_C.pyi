@@ -3,8 +3,8 @@
 Every method may be called from any thread; those that wait release the GIL.
 """
 
+import enum
 from collections.abc import Sequence
-from typing import ClassVar
 
 __version__: str
 
@@ -17,6 +17,7 @@ class EngineConfig:
     """See include/deltazip/engine/engine.h; 0 and "auto" mean: chosen by the engine."""
 
     base: str
+    base_name: str
     device: str
     num_threads: int
     kv_dtype: str
@@ -54,74 +55,122 @@ class SamplingParams:
     prompt_logprobs: int
     def __init__(self, **kwargs: object) -> None: ...
 
-class Finish:
-    NONE: ClassVar[Finish]
-    STOP: ClassVar[Finish]
-    LENGTH: ClassVar[Finish]
-    CANCELLED: ClassVar[Finish]
-    ERROR: ClassVar[Finish]
-    @property
-    def name(self) -> str: ...
+class Finish(enum.Enum):
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    CANCELLED = 3
+    ERROR = 4
 
 class TokenLogprobs:
-    token: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
+    @property
+    def token(self) -> int: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def top(self) -> list[tuple[int, float]]: ...
 
 class OutputEvent:
-    request_id: int
-    choice: int
-    tokens: list[int]
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs | None]
-    finish: Finish
-    stop_token: int
-    error: str
-    num_cached_prompt_tokens: int
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def choice(self) -> int: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[TokenLogprobs]: ...
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None]: ...
+    @property
+    def finish(self) -> Finish: ...
+    @property
+    def stop_token(self) -> int: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def num_cached_prompt_tokens(self) -> int: ...
 
 class VariantInfo:
-    name: str
-    path: str
-    parent: str
-    content_digest: str
-    state: str
-    file_bytes: int
-    device_bytes: int
-    num_requests: int
-    num_running: int
-    num_waiting: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_loads: int
-    num_evictions: int
-    load_seconds: float
-    manifest_json: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def parent(self) -> str: ...
+    @property
+    def content_digest(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def device_bytes(self) -> int: ...
+    @property
+    def num_requests(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def num_loads(self) -> int: ...
+    @property
+    def num_evictions(self) -> int: ...
+    @property
+    def load_seconds(self) -> float: ...
+    @property
+    def manifest_json(self) -> str: ...
 
 class CapacityRow:
-    what: str
-    bytes: int
-    detail: str
+    @property
+    def what(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def detail(self) -> str: ...
 
 class EngineStats:
-    num_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_requests: int
-    num_finished: int
-    num_cancelled: int
-    num_errors: int
-    seconds_since_progress: float
-    last_step_seconds: float
-    is_alive: bool
-    failure: str
-    num_waiting: int
-    num_running: int
-    num_blocks: int
-    num_free_blocks: int
-    num_preemptions: int
-    prefix_hit_tokens: int
-    prefix_query_tokens: int
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def num_requests(self) -> int: ...
+    @property
+    def num_finished(self) -> int: ...
+    @property
+    def num_cancelled(self) -> int: ...
+    @property
+    def num_errors(self) -> int: ...
+    @property
+    def seconds_since_progress(self) -> float: ...
+    @property
+    def last_step_seconds(self) -> float: ...
+    @property
+    def is_alive(self) -> bool: ...
+    @property
+    def failure(self) -> str: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_free_blocks(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
+    @property
+    def prefix_query_tokens(self) -> int: ...
 
 class Engine:
     def __init__(self, config: EngineConfig) -> None: ...
