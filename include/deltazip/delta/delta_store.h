@@ -13,6 +13,10 @@
 
 namespace deltazip {
 
+// The layer of a tensor: 7 for "model.layers.7.mlp.up_proj.weight", -1 for those outside the
+// layers.
+std::int32_t layer_of(std::string_view name);
+
 // Where one tensor of a delta lies in its bytes.
 struct DeltaPart {
   std::string name;
@@ -26,12 +30,14 @@ struct DeltaPart {
 // device can be pipelined: chunk i holds layer i; the last chunk everything outside the layers.
 struct HostDelta {
   Digest content_digest;
-  std::vector<DeltaPart> parts;  // by name
+  std::vector<DeltaPart> parts;  // by name; unchanged tensors too, without bytes
   struct Chunk {
     std::size_t offset, num_bytes;
   };
   std::vector<Chunk> chunks;
-  Buffer bytes;  // Backend::allocate_host
+  Buffer bytes;  // Backend::allocate_host; empty when every tensor is unchanged
+
+  const DeltaPart* find(std::string_view name) const;  // nullptr: no such tensor
 };
 
 // What is known of a variant without its bytes.
@@ -47,21 +53,23 @@ struct DeltaSummary {
 // used go first; they can be read again). Thread-safe.
 class DeltaStore {
  public:
-  // `base_tensors`: what every delta must cover. `layer_of(name)` gives a tensor's layer, -1 if
-  // none.
+  // `base_tensors`: what every delta must cover. `host_budget_bytes` bounds what is kept for later,
+  // 0: no bound; bytes that someone still uses stay alive beyond it.
   DeltaStore(Backend& backend, Digest base_digest, std::vector<BaseTensor> base_tensors,
              std::size_t host_budget_bytes);
   ~DeltaStore();
 
   // Opens and fully validates; keeps the mapping, so later replacement of the path changes nothing.
-  // Returns a handle that stays valid until remove().
+  // Returns a handle that stays valid until remove(). Throws InvalidArgument.
   std::int32_t add(const std::filesystem::path& path);
-  const DeltaSummary& summary(std::int32_t handle) const;
-  void remove(std::int32_t handle);
+  const DeltaSummary& summary(std::int32_t handle) const;  // NotFound; valid until remove()
+  std::shared_ptr<const DeltaFile> file(std::int32_t handle) const;  // NotFound
+  void remove(std::int32_t handle);  // NotFound. A load under way still ends well
 
   // The tiled bytes, from memory or by tiling the file again. Slow; not on the engine's thread.
+  // Throws NotFound, ResourceExhausted, or InvalidArgument when the file was changed in place.
   std::shared_ptr<const HostDelta> get(std::int32_t handle);
-  std::size_t host_bytes() const;
+  std::size_t host_bytes() const;  // kept in host memory within the budget
 
  private:
   struct Impl;
