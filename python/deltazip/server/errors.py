@@ -96,7 +96,7 @@ def from_engine(error: Exception) -> ApiError:
         return ApiError(404, message, code="model_not_found", param="model")
     if isinstance(error, _C.ResourceExhausted):
         return overloaded(message, "queue_full")
-    if isinstance(error, EngineDeadError):
+    if isinstance(error, (EngineDeadError, _C.InternalError)):
         return unavailable(f"the engine is not running: {message}", "engine_dead")
     if isinstance(error, ValueError):
         return invalid(message)

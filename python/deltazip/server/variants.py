@@ -100,6 +100,8 @@ class VariantRegistry:
                 f"name: expected 1 to 128 letters, digits, '.', '_' or '-', got {name[:200]!r}",
                 "name",
             )
+        if engine.core.is_draining(name):
+            raise ApiError(409, f"variant '{name}' is still draining", code="variant_draining")
         if name in self._by_name or name in self._loading:
             raise ApiError(409, f"variant '{name}' is already loaded", code="variant_exists")
         if len(self._by_name) + len(self._loading) >= self._max_variants:
