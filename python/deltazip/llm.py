@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from deltazip import _C
 from deltazip.sampling import SamplingParams
@@ -236,13 +236,14 @@ class LLM:
             ValueError: no chat template, a bad message, or a parameter out of range.
             RuntimeError: the engine failed on a request.
         """
-        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        many = cast("Sequence[Sequence[Message]]", [messages] if is_one else messages)
         names = _one_each(variant, len(many), str, "variant")
         params = _one_each(sampling or SamplingParams(), len(many), SamplingParams, "sampling")
         jobs = []
         for conversation, name, one in zip(many, names, params, strict=True):
             text = self._text(name)
-            plain = [_plain(message) for message in conversation]  # type: ignore[union-attr]
+            plain = [_plain(message) for message in conversation]
             ids = text.encode_chat(plain, add_generation_prompt=add_generation_prompt)
             shown = text.tokenizer.decode(ids, skip_special_tokens=False)
             jobs.append(self._job(name, shown, ids, one, text, continues=False))
@@ -371,7 +372,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _one_each(value: T | Sequence[T], count: int, kind: type[T], name: str) -> Iterable[T]:
     if isinstance(value, kind):
         return [value] * count
-    many: list[T] = list(value)  # type: ignore[call-overload]
+    many = list(cast("Sequence[T]", value))
     if len(many) != count:
         raise ValueError(f"{name}: expected one, or one for each of {count}, got {len(many)}")
     return many
