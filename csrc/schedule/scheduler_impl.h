@@ -33,7 +33,6 @@ struct Sequence {
   std::int32_t num_in_flight = 0;  // being computed by the plan under way
   bool samples_in_flight = false;  // that chunk ends at the last known token
   std::int32_t num_published = 0;  // blocks
-  std::uint64_t last_scheduled_step = 0;  // or the step of its admission
   std::uint64_t turn = kNoTurn;           // order in which overdue sequences got their turn
   std::int32_t turn_tokens_left = 0;      // new tokens until the turn ends
   bool is_running = false, was_admitted = false;
@@ -101,6 +100,7 @@ struct Scheduler::Impl {
   void finish_plan(Plan& plan);
 
   void give_turns_to_stalled();
+  void close_seats(std::span<ScheduledVariant* const> overdue, Plan& plan);
   std::vector<ScheduledVariant*> closable_seats();
   bool try_admit_overdue(Sequence& sequence, Plan& plan);
   Sequence* best_candidate() const;

@@ -11,25 +11,39 @@ namespace deltazip {
 // served first: seats, slots, places and blocks are kept for it, and taken for it in the end.
 void Scheduler::Impl::serve_overdue(Plan& plan) {
   const auto patience = static_cast<std::uint64_t>(config.max_variant_wait_steps);
-  hold_places = hold_slots = false;
-  num_open_seats = config.max_variants_per_batch - num_seats_taken;
   give_turns_to_stalled();
 
   // No more than can be served at once, so that a step costs the same however many wait.
   std::vector<ScheduledVariant*> overdue;
-  const std::size_t num_served = slot_variant.size() + 1;
+  const std::size_t max_served = slot_variant.size() + 1;
   for (const auto& [since, id] : unserved) {
-    if (since + patience > step || overdue.size() == num_served) break;
+    if (since + patience > step || overdue.size() == max_served) break;
     overdue.push_back(&find_variant(id));
   }
-  if (overdue.empty()) {
-    for (ScheduledVariant* variant : slot_variant) {
-      if (variant != nullptr) variant->is_closing = false;
-    }
-    return;
-  }
+  close_seats(overdue, plan);
 
-  // Slots and bytes that are, or will be, free for the overdue.
+  hold_places = hold_slots = false;
+  num_open_seats = config.max_variants_per_batch - num_seats_taken;
+  for (ScheduledVariant* variant : overdue) {
+    if (!variant->is_base()) {
+      // Behind one that waits for a slot nobody takes an idle slot: it may be the one it needs.
+      if (hold_slots) continue;
+      const bool has_seat = num_open_seats > 0;
+      if (has_seat) --num_open_seats;
+      if (variant->slot == kNoSlot) hold_slots = !try_load(*variant, /*is_overdue=*/true, plan);
+      if (!has_seat || !is_warm(*variant)) continue;
+    }
+    if (!try_admit_overdue(*variant->head(), plan)) hold_places = true;
+  }
+  if (hold_slots) num_open_seats = 0;
+}
+
+// Closes as many seats as the overdue need: they admit no more, and are emptied if they still run
+// after max_variant_wait_steps.
+void Scheduler::Impl::close_seats(std::span<ScheduledVariant* const> overdue, Plan& plan) {
+  const auto patience = static_cast<std::uint64_t>(config.max_variant_wait_steps);
+  // What is free for the overdue, or will be: negative once all seats are closed.
+  std::int32_t num_seats_left = config.max_variants_per_batch - num_seats_taken;
   std::int32_t num_slots_left = 0;
   std::int64_t num_bytes_left = slots.free_bytes();
   for (SlotId slot = 0; slot < slots.num_slots(); ++slot) {
@@ -40,41 +54,24 @@ void Scheduler::Impl::serve_overdue(Plan& plan) {
   }
   const std::vector<ScheduledVariant*> seats = closable_seats();
   std::size_t num_closed = 0;
-  const auto close_one = [&] {
-    if (num_closed == seats.size()) return false;
-    ++num_slots_left;
-    num_bytes_left += seats[num_closed++]->num_bytes;
-    return true;
-  };
-
-  for (ScheduledVariant* variant : overdue) {
-    bool has_seat = true;
-    if (!variant->is_base()) {
-      has_seat = num_open_seats > 0;
-      if (has_seat) {
-        --num_open_seats;
-      } else {
-        close_one();
-      }
-      if (variant->slot == kNoSlot) {
-        while ((num_slots_left < 1 || num_bytes_left < variant->num_bytes) && close_one()) {
-        }
-        --num_slots_left;
-        num_bytes_left -= variant->num_bytes;
-        if (!hold_slots && !try_load(*variant, /*is_overdue=*/true, plan)) hold_slots = true;
-      } else if (is_warm(*variant)) {
-        --num_slots_left;
-        num_bytes_left -= variant->num_bytes;
-      }
+  for (const ScheduledVariant* variant : overdue) {
+    if (variant->is_base()) continue;
+    const bool is_loading = variant->slot != kNoSlot && !is_warm(*variant);
+    const std::int32_t num_slots_needed = is_loading ? 0 : 1;
+    const std::int64_t num_bytes_needed = is_loading ? 0 : variant->num_bytes;
+    while (num_closed < seats.size() &&
+           (num_seats_left < 1 || num_slots_left < num_slots_needed ||
+            num_bytes_left < num_bytes_needed)) {
+      ++num_seats_left;
+      ++num_slots_left;
+      num_bytes_left += seats[num_closed++]->num_bytes;
     }
-    if (has_seat && is_warm(*variant) && !try_admit_overdue(*variant->head(), plan)) {
-      hold_places = true;
-    }
+    --num_seats_left;
+    num_slots_left -= num_slots_needed;
+    num_bytes_left -= num_bytes_needed;
   }
-
   for (std::size_t i = 0; i < seats.size(); ++i) {
     ScheduledVariant& seat = *seats[i];
-    if (seat.num_running == 0) continue;  // an overdue sequence took its last place just now
     if (i < num_closed && !seat.is_closing) seat.closing_since = step;
     seat.is_closing = i < num_closed;
     if (!seat.is_closing || step < seat.closing_since + patience) continue;
@@ -85,16 +82,19 @@ void Scheduler::Impl::serve_overdue(Plan& plan) {
   }
 }
 
-// A running sequence may lack blocks or a share of the batch for long: that is a wait too.
+// A variant may also run and yet get no token for long, for want of blocks or of a share of the
+// batch: then its first sequence takes a turn.
 void Scheduler::Impl::give_turns_to_stalled() {
   const auto patience = static_cast<std::uint64_t>(config.max_variant_wait_steps);
-  for (std::size_t i = 0; i < running.size(); ++i) {
-    Sequence& sequence = *running[i];
-    // It moves forward in `running`, behind the turns given before: no index is skipped.
-    if (!sequence.has_turn() && sequence.last_scheduled_step + patience <= step) {
-      start_turn(sequence);
-    }
-  }
+  const auto consider = [&](const ScheduledVariant* variant) {
+    if (variant == nullptr || variant->num_running == 0) return;
+    if (variant->last_progress + patience > step) return;
+    Sequence* first = *std::find_if(running.begin(), running.end(),
+                                    [&](const Sequence* s) { return s->variant == variant; });
+    if (!first->has_turn()) start_turn(*first);
+  };
+  consider(variants.at(kBaseVariant).get());
+  for (const ScheduledVariant* variant : slot_variant) consider(variant);
 }
 
 // Deltas with running sequences none of which has a turn: first those that drain already, then
@@ -177,7 +177,7 @@ void Scheduler::Impl::schedule_running(Plan& plan) {
 
 void Scheduler::Impl::admit_waiting(Plan& plan) {
   // After a preemption blocks are scarce: who just lost them would come back to lose them again.
-  if (hold_places || !plan.preempted.empty()) return;
+  if (!plan.chunks.empty() && (hold_places || !plan.preempted.empty())) return;
   while (static_cast<std::int32_t>(running.size()) < max_running &&
          static_cast<std::int32_t>(plan.chunks.size()) < max_running &&
          plan.num_tokens < config.max_batch_tokens) {
@@ -290,7 +290,6 @@ void Scheduler::Impl::schedule(Sequence& sequence, std::int32_t num_tokens, Plan
   const auto count = static_cast<std::size_t>(num_tokens);
   sequence.num_in_flight = num_tokens;
   sequence.samples_in_flight = start + count == sequence.tokens.size();
-  sequence.last_scheduled_step = step;
   in_flight.push_back(&sequence);
   plan.num_tokens += num_tokens;
   plan.chunks.push_back({sequence.id, sequence.variant->id, sequence.variant->slot,

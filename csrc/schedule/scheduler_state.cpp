@@ -64,7 +64,6 @@ void Scheduler::Impl::admit(Sequence& sequence, bool with_turn) {
 void Scheduler::Impl::start_running(Sequence& sequence) {
   ScheduledVariant& variant = *sequence.variant;
   sequence.is_running = sequence.was_admitted = true;
-  sequence.last_scheduled_step = step;
   insert_running(sequence);
   if (++variant.num_running == 1) {
     variant.seated_since = step;
