@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from deltazip.compress import pack
 from deltazip.compress.checkpoint import (
     WEIGHT_DTYPES,
@@ -158,12 +159,11 @@ def write_delta(
         OSError: the disk is full or not writable; no file is left then.
     """
     _check_stored(entries, stored)
-    order = sorted(stored, key=lambda n: (-_ITEM_BYTES[stored[n].dtype], n.encode()))
     hashes = {}
-    for name in order:
-        data = stored[name].load()
-        if len(data) != stored[name].num_bytes:
-            raise ValueError(f"'{name}' has {len(data)} bytes, expected {stored[name].num_bytes}")
+    for name, tensor in stored.items():
+        data = tensor.load()
+        if len(data) != tensor.num_bytes:
+            raise ValueError(f"'{name}' has {len(data)} bytes, expected {tensor.num_bytes}")
         hashes[name] = hashlib.sha256(data).digest()
     digest = content_digest(base_digest, entries, hashes)
     manifest = {
@@ -174,12 +174,25 @@ def write_delta(
         "base": dict(base),
         "compressor": dict(compressor),
     }
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": "deltazip",
-            "manifest": json.dumps(manifest, separators=(",", ":"), allow_nan=False),
-        }
-    }
+    text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+    write_safetensors(path, stored, {"format": "deltazip", "manifest": text}, hashes)
+    return digest
+
+
+def write_safetensors(
+    path: Path,
+    stored: Mapping[str, Stored],
+    metadata: Mapping[str, str],
+    hashes: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes a safetensors file, whole or not at all, holding one tensor in memory.
+
+    Raises:
+        ValueError: a tensor's bytes are not those of `hashes` (SHA-256), where given.
+        OSError: the disk is full or not writable; no file is left then.
+    """
+    order = sorted(stored, key=lambda n: (-_ITEM_BYTES[stored[n].dtype], n.encode()))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name in order:
         tensor = stored[name]
@@ -195,10 +208,9 @@ def write_delta(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             data = stored[name].load()
-            if hashlib.sha256(data).digest() != hashes[name]:
+            if hashes is not None and hashlib.sha256(data).digest() != hashes[name]:
                 raise ValueError(f"'{name}' changed while it was being written")
             file.write(data)
-    return digest
 
 
 def _check_stored(entries: Mapping[str, Entry], stored: Mapping[str, Stored]) -> None:

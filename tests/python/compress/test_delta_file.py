@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-
+import torch
 from deltazip.compress import delta_file, pack
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import DeltaFile, DeltaFileError, Entry, Stored, write_delta
@@ -83,7 +81,7 @@ def test_the_safetensors_package_reads_it(
 def test_content_digest_is_the_document_s(
     written: tuple[Path, QuantizedMatrix, torch.Tensor, str],
 ) -> None:
-    folder, matrix, norm, digest = written
+    _, matrix, norm, digest = written
     packed = pack.pack(matrix)
     sha = hashlib.sha256()
     sha.update(b"deltazip.delta.v1\0" + BASE_DIGEST.encode() + b"\0")
@@ -116,7 +114,7 @@ def test_a_truncated_file_is_refused(
 ) -> None:
     path = written[0] / delta_file.FILE_NAME
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(DeltaFileError, match="delta.safetensors"):
+    with pytest.raises(DeltaFileError, match=r"delta\.safetensors"):
         DeltaFile(path)
 
 
@@ -157,7 +155,7 @@ def test_a_wrong_manifest_is_refused(
 def test_an_error_while_writing_leaves_the_old_file(
     written: tuple[Path, QuantizedMatrix, torch.Tensor, str],
 ) -> None:
-    folder, _, norm, digest = written
+    folder, _, _, digest = written
     calls = 0
 
     def load() -> bytes:

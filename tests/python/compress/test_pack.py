@@ -6,9 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 from deltazip.compress.pack import (
     PAIRS,
     TERNARY_STATES,

@@ -1,0 +1,190 @@
+"""Values for groups of four columns, and scales for groups of columns, for each type of delta.
+
+The cost of leaving an error d (a row of four) in a group is d C d^T, where C comes from the inverse
+Hessian: what is left once every later column has made up for d as well as it can.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from deltazip.compress.pack import PAIRS, TERNARY_STATES, DeltaType
+
+_NUM_SCALE_CANDIDATES = 10
+_FP16_MAX = 65504.0
+
+
+def fp16_scales(scales: Tensor) -> Tensor:
+    """Rounded as they will be stored, so that values are chosen for the scale that is used."""
+    return scales.clamp(min=0.0, max=_FP16_MAX).half().float()
+
+
+class Chooser:
+    """How one type turns weights into values."""
+
+    keeps_two_of_four = True
+
+    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of one group of four columns.
+
+        Args:
+            weights: [rows, 4].
+            scale: [rows, 1].
+            cost: [4, 4], C above.
+
+        Returns:
+            Values [rows, 4], whole numbers in float32, and the kept pair's number [rows], uint8.
+        """
+        raise NotImplementedError
+
+    def nearest(self, weights: Tensor, scale: Tensor) -> Tensor:
+        """The value each weight would get by itself, if kept."""
+        raise NotImplementedError
+
+    def candidates(self, weights: Tensor) -> Tensor:
+        """[candidates, rows]: scales to try for a window of columns [rows, columns]."""
+        raise NotImplementedError
+
+    def search_scale(self, weights: Tensor, saliency: Tensor) -> Tensor:
+        """The scale [rows] that loses least of weights [rows, columns], columns weighted."""
+        best = torch.full((weights.shape[0],), -torch.inf, device=weights.device)
+        found = torch.zeros(weights.shape[0], device=weights.device)
+        for scale in fp16_scales(self.candidates(weights)):
+            kept = self.nearest(weights, scale[:, None]) * scale[:, None]
+            gains = (2.0 * weights - kept) * kept * saliency  # w^2 - (w - kept)^2
+            if self.keeps_two_of_four:
+                total = gains.reshape(weights.shape[0], -1, 4).topk(2, dim=2).values.sum(dim=(1, 2))
+            else:
+                total = gains.sum(dim=1)
+            better = total > best
+            best = torch.where(better, total, best)
+            found = torch.where(better, scale, found)
+        return found
+
+
+class StateChooser(Chooser):
+    """Types with few states a group: all are tried."""
+
+    def __init__(self, states: Tensor, kept: Tensor) -> None:
+        self.states, self.kept = states, kept
+        self.largest = float(states.max())
+
+    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        # |w - s v|^2_C = const + s (s v C v^T - 2 w C v^T), and s > 0 does not move the minimum.
+        weighted = self.states @ cost
+        table = torch.cat([-2.0 * weighted.mT, (weighted * self.states).sum(dim=1)[None]])
+        state = (torch.cat([weights, scale], dim=1) @ table).argmin(dim=1)
+        return self.states[state], self.kept[state]
+
+    def nearest(self, weights: Tensor, scale: Tensor) -> Tensor:
+        sign = torch.where(weights < 0, -1.0, 1.0)
+        if self.largest == 1.0:
+            return sign * (weights.abs() > 0.5 * scale)
+        return sign * torch.where(weights.abs() > 2.0 * scale, 3.0, 1.0)
+
+    def candidates(self, weights: Tensor) -> Tensor:
+        # In units of the window's spread; normal weights want about 1.25 (ternary), 0.5 (2-bit).
+        spread = weights.square().mean(dim=1).sqrt()
+        low, high = (0.8, 2.0) if self.largest == 1.0 else (0.3, 0.8)
+        shares = torch.linspace(low, high, _NUM_SCALE_CANDIDATES, device=weights.device)
+        return shares[:, None] * spread
+
+
+class PairChooser(Chooser):
+    """Four bits under 2:4: each of the six pairs, its two values rounded one after the other."""
+
+    def __init__(self, low: int, high: int, device: torch.device) -> None:
+        self.low, self.high = low, high
+        self.pairs = torch.tensor(PAIRS, device=device)
+        rest = [[i for i in range(4) if i not in pair] for pair in PAIRS]
+        self.rest = torch.tensor(rest, device=device)
+        self.take = torch.nn.functional.one_hot(self.pairs, 4).float()  # [6, 2, 4]
+        self.take_rest = torch.nn.functional.one_hot(self.rest, 4).float()
+
+    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.take @ cost @ self.take.mT  # [6, 2, 2], of the kept two
+        outer = self.take @ cost @ self.take_rest.mT
+        # What the kept two should be, given that the other two become zero, and what that loses.
+        share = torch.linalg.solve(inner, outer)
+        ideal_of = self.take + share @ self.take_rest  # [6, 2, 4]
+        lost = self.take_rest @ cost @ self.take_rest.mT - outer.mT @ share
+        lost_of = torch.linalg.cholesky(lost).mT @ self.take_rest
+        table = torch.cat([ideal_of, lost_of], dim=1).transpose(0, 1).reshape(24, 4)
+        ideal0, ideal1, lost0, lost1 = (table @ weights.mT).reshape(4, 6, -1)
+        steps = scale.mT.clamp(min=1e-30)
+        second = (ideal1 / steps).round_().clamp_(self.low, self.high)
+        error1 = ideal1 - second * steps
+        ideal0 = ideal0 + (inner[:, 0, 1] / inner[:, 0, 0])[:, None] * error1
+        first = (ideal0 / steps).round_().clamp_(self.low, self.high)
+        error0 = ideal0 - first * steps
+        # error0 is what is left after `first` has made up for error1.
+        left = inner[:, 1, 1] - inner[:, 0, 1].square() / inner[:, 0, 0]
+        total = error0.square() * inner[:, 0, 0, None] + error1.square() * left[:, None]
+        pair = (total + lost0.square() + lost1.square()).argmin(dim=0)
+        values = torch.zeros_like(weights)
+        places = self.pairs[pair]
+        values.scatter_(1, places[:, :1], first.gather(0, pair[None]).mT)
+        values.scatter_(1, places[:, 1:], second.gather(0, pair[None]).mT)
+        return values, pair.to(torch.uint8)
+
+    def nearest(self, weights: Tensor, scale: Tensor) -> Tensor:
+        return (weights / scale.clamp(min=1e-30)).round().clamp(self.low, self.high)
+
+    def candidates(self, weights: Tensor) -> Tensor:
+        shares = torch.linspace(0.6, 1.1, _NUM_SCALE_CANDIDATES, device=weights.device)
+        return shares[:, None] * weights.abs().amax(dim=1) / -self.low
+
+
+class DenseChooser(Chooser):
+    """No mask: every column is rounded, the columns before it made up for."""
+
+    keeps_two_of_four = False
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+
+    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        lower = torch.linalg.cholesky(cost.flip(0, 1)).flip(0, 1)  # C = A A^T, A upper
+        values = torch.zeros_like(weights)
+        errors = torch.zeros_like(weights)
+        for j in range(4):
+            ideal = weights[:, j] + errors[:, :j] @ lower[:j, j] / lower[j, j]
+            values[:, j] = self.nearest(ideal[:, None], scale)[:, 0]
+            errors[:, j] = weights[:, j] - values[:, j] * scale[:, 0]
+        return values, torch.zeros(len(weights), dtype=torch.uint8, device=weights.device)
+
+    def nearest(self, weights: Tensor, scale: Tensor) -> Tensor:
+        return (weights / scale.clamp(min=1e-30)).round().clamp(self.low, self.high)
+
+    def candidates(self, weights: Tensor) -> Tensor:
+        lowest = 0.55 if self.high < 127 else 0.8
+        shares = torch.linspace(lowest, 1.1, _NUM_SCALE_CANDIDATES, device=weights.device)
+        return shares[:, None] * weights.abs().amax(dim=1) / -self.low
+
+
+def chooser_for(type_: DeltaType, device: torch.device) -> Chooser:
+    if type_ is DeltaType.SPARSE24_TERNARY:
+        states = torch.from_numpy(TERNARY_STATES).float().to(device)
+        return StateChooser(states, torch.zeros(32, dtype=torch.uint8, device=device))
+    if type_ is DeltaType.SPARSE24_INT2:
+        return StateChooser(*_int2_states(device))
+    if type_ is DeltaType.SPARSE24_INT4:
+        return PairChooser(-8, 7, device)
+    if type_ is DeltaType.DENSE_INT4:
+        return DenseChooser(-8, 7)
+    if type_ is DeltaType.DENSE_INT8:
+        return DenseChooser(-128, 127)
+    raise ValueError(f"type {type_.value} has no codes")
+
+
+def _int2_states(device: torch.device) -> tuple[Tensor, Tensor]:
+    levels = (-3.0, -1.0, 1.0, 3.0)
+    choices = itertools.product(range(6), levels, levels)
+    states, kept = torch.zeros(96, 4), torch.zeros(96, dtype=torch.uint8)
+    for number, (pair, first, second) in enumerate(choices):
+        states[number, PAIRS[pair][0]], states[number, PAIRS[pair][1]] = first, second
+        kept[number] = pair
+    return states.to(device), kept.to(device)

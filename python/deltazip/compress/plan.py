@@ -1,0 +1,178 @@
+"""What becomes what: settings, the checks of a base and its fine-tune, and sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from deltazip.compress import llama, pack
+from deltazip.compress.checkpoint import WEIGHT_DTYPES, Checkpoint, CheckpointError
+from deltazip.compress.llama import LlamaShape
+from deltazip.compress.pack import DeltaType
+
+FORMATS = {
+    "int4": DeltaType.SPARSE24_INT4,
+    "int2": DeltaType.SPARSE24_INT2,
+    "ternary": DeltaType.SPARSE24_TERNARY,
+}
+EMBEDDING_FORMATS = {
+    "int4": DeltaType.DENSE_INT4,
+    "int8": DeltaType.DENSE_INT8,
+    "exact": DeltaType.REPLACED,
+}
+# Roughly what a stored tensor and a manifest row take in the header.
+_HEADER_BYTES_PER_TENSOR = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The user's choices; see docs/compression.md for what each costs and buys.
+
+    Attributes:
+        format: int4, int2 or ternary: of the linear layers, 2:4 sparse.
+        group_size: input features that share a scale, a multiple of 32.
+        embedding_format: int4, int8 or exact: of embeddings and an untied lm_head, dense.
+        embedding_group_size: as group_size, for those.
+        num_samples: calibration sequences at most.
+        max_length: tokens of a calibration sequence at most.
+        damping: share of the Hessian's mean diagonal that is added to it.
+        batch_tokens: calibration tokens in memory at once.
+    """
+
+    format: str = "int4"
+    group_size: int = 64
+    embedding_format: str = "int4"
+    embedding_group_size: int = 192
+    num_samples: int = 512
+    max_length: int = 1024
+    damping: float = 0.01
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got '{self.format}'")
+        if self.embedding_format not in EMBEDDING_FORMATS:
+            raise ValueError(
+                f"embedding format must be one of {', '.join(EMBEDDING_FORMATS)}, got "
+                f"'{self.embedding_format}'"
+            )
+        pack.check_group_size(self.group_size)
+        pack.check_group_size(self.embedding_group_size)
+        for name in ("num_samples", "max_length", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.damping <= 1.0:
+            raise ValueError(f"damping must be in (0, 1], got {self.damping}")
+
+    def digest(self, *more: str) -> str:
+        """Identity of a run: two runs with equal digests give the same artifact."""
+        text = json.dumps([dataclasses.asdict(self), *more], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the base and what it would become if it moved."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: DeltaType
+    group_size: int
+    num_bytes: int
+
+
+def plan_tensors(base: Checkpoint, shape: LlamaShape, settings: Settings) -> list[PlannedTensor]:
+    """Every tensor of the base in order of name, sized as if all of them had moved."""
+    linears = {
+        f"{llama.layer_prefix(layer)}{name}.weight"
+        for layer in range(shape.num_layers)
+        for name in llama.LINEARS
+    }
+    planned = []
+    for name, info in sorted(base.tensors.items()):
+        if shape.is_tied and name == llama.HEAD:
+            continue
+        type_, group_size = DeltaType.REPLACED, 0
+        if name in linears:
+            type_, group_size = FORMATS[settings.format], settings.group_size
+        elif name in (llama.EMBEDDING, llama.HEAD):
+            type_ = EMBEDDING_FORMATS[settings.embedding_format]
+            group_size = settings.embedding_group_size if type_.is_matrix else 0
+        num_bytes = info.num_bytes
+        if type_.is_matrix:
+            num_bytes = pack.stored_bytes(type_, (info.shape[0], info.shape[1]), group_size)
+        planned.append(PlannedTensor(name, info.shape, type_, group_size, num_bytes))
+    return planned
+
+
+def estimate_file_bytes(planned: list[PlannedTensor]) -> int:
+    """Size of the artifact if every tensor moved, header included (roughly)."""
+    num_stored = sum(3 if p.type.is_sparse else 2 for p in planned)
+    return sum(p.num_bytes for p in planned) + _HEADER_BYTES_PER_TENSOR * (
+        num_stored + len(planned)
+    )
+
+
+def check_pair(base: Checkpoint, finetuned: Checkpoint) -> LlamaShape:
+    """Checks that `finetuned` is a full fine-tune of a model like `base`.
+
+    Raises:
+        CheckpointError: naming the first thing that differs, what was expected and what came.
+    """
+    shape = LlamaShape(base)
+    if finetuned.architecture != base.architecture:
+        raise CheckpointError(
+            f"{finetuned.folder}: architecture {finetuned.architecture}, the base has "
+            f"{base.architecture}"
+        )
+    tuned_shape = LlamaShape(finetuned)
+    for key, want in _config_facts(shape).items():
+        got = _config_facts(tuned_shape)[key]
+        if got != want:
+            raise CheckpointError(
+                f"{finetuned.folder}: config.json: {key} is {got}, the base has {want}"
+            )
+    for name, wanted in shape.tensors().items():
+        for checkpoint, who in ((base, "base"), (finetuned, "fine-tune")):
+            info = checkpoint.tensors.get(name)
+            if info is None:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: tensor '{name}' of the {who} is missing"
+                )
+            if info.shape != wanted:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: tensor '{name}' is {list(info.shape)}, config.json "
+                    f"calls for {list(wanted)}"
+                )
+            if info.dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: tensor '{name}' is {info.dtype}, expected one of "
+                    f"{', '.join(WEIGHT_DTYPES)} (is the checkpoint quantised?)"
+                )
+    known = set(base.tensors) | {llama.HEAD}
+    extra = sorted(set(finetuned.tensors) - known)
+    if extra:
+        raise CheckpointError(
+            f"{finetuned.folder}: tensor '{extra[0]}' is not in the base ({len(extra)} such)"
+        )
+    for name in sorted(set(base.tensors) - set(shape.tensors())):
+        if name != llama.HEAD and name not in finetuned.tensors:
+            raise CheckpointError(f"{finetuned.folder}: tensor '{name}' of the base is missing")
+    return shape
+
+
+def _config_facts(shape: LlamaShape) -> dict[str, Any]:
+    """What must be equal: the delta file carries weights, not settings of the arithmetic."""
+    config = shape.config
+    facts = {
+        key: getattr(config, key)
+        for key in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "attention_bias",
+            "mlp_bias", "rope_parameters",
+        )
+    }  # fmt: skip
+    return facts | {"head_dim": shape.head_dim, "rms_norm_eps": float(config.rms_norm_eps)}
