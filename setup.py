@@ -14,6 +14,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def run(command: list[str]) -> None:
+    """Runs a command; its own output says what went wrong, so no traceback follows."""
+    status = subprocess.run(command).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)}: exit status {status}, see above")
+
+
 class CMakeExtension(Extension):
     """An extension whose sources are known to CMake only."""
 
@@ -41,7 +48,7 @@ class CMakeBuild(build_ext):
         else:
             tree = Path(self.build_temp).resolve()
             self._configure(tree)
-        subprocess.run(["cmake", "--build", str(tree), "--target", ext.target], check=True)
+        run(["cmake", "--build", str(tree), "--target", ext.target])
 
         suffix = self.get_ext_filename(ext.name).rpartition(os.sep)[2]
         modules = list(tree.rglob(suffix))
@@ -62,7 +69,7 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
         ]
         command += os.environ.get("DELTAZIP_CMAKE_ARGS", "").split()
-        subprocess.run(command, check=True)
+        run(command)
 
 
 setup(
