@@ -33,8 +33,8 @@ struct Sequence {
   std::int32_t num_in_flight = 0;  // being computed by the plan under way
   bool samples_in_flight = false;  // that chunk ends at the last known token
   std::int32_t num_published = 0;  // blocks
-  std::uint64_t turn = kNoTurn;           // order in which overdue sequences got their turn
-  std::int32_t turn_tokens_left = 0;      // new tokens until the turn ends
+  std::uint64_t turn = kNoTurn;    // order in which overdue sequences got their turn
+  std::int32_t turn_tokens_left = 0;  // new tokens until the turn ends
   bool is_running = false, was_admitted = false;
   bool has_ended = false;                       // cancelled while in flight
   const Scheduler::Outcome* outcome = nullptr;  // during commit() only

@@ -59,9 +59,8 @@ void Scheduler::Impl::close_seats(std::span<ScheduledVariant* const> overdue, Pl
     const bool is_loading = variant->slot != kNoSlot && !is_warm(*variant);
     const std::int32_t num_slots_needed = is_loading ? 0 : 1;
     const std::int64_t num_bytes_needed = is_loading ? 0 : variant->num_bytes;
-    while (num_closed < seats.size() &&
-           (num_seats_left < 1 || num_slots_left < num_slots_needed ||
-            num_bytes_left < num_bytes_needed)) {
+    while (num_closed < seats.size() && (num_seats_left < 1 || num_slots_left < num_slots_needed ||
+                                         num_bytes_left < num_bytes_needed)) {
       ++num_seats_left;
       ++num_slots_left;
       num_bytes_left += seats[num_closed++]->num_bytes;

@@ -44,8 +44,8 @@ std::int64_t bound(const Load& load, std::int32_t num_turns) {
   const std::int32_t prefill_steps = (config.max_model_len + prefill_rows - 1) / prefill_rows;
   const std::int32_t num_rounds = (load.num_variants + 1 + num_turns - 1) / num_turns;
   return config.max_variant_wait_steps +
-         std::int64_t{num_rounds} * (2 * config.max_variant_wait_steps + load.load_steps +
-                                     num_turns * prefill_steps);
+         std::int64_t{num_rounds} *
+             (2 * config.max_variant_wait_steps + load.load_steps + num_turns * prefill_steps);
 }
 
 class Fairness : public testing::TestWithParam<Load> {};
@@ -80,7 +80,7 @@ TEST_P(Fairness, NoVariantStarvesUnderEndlessHotArrivals) {
       ids.push_back(request.id);
     }
   };
-  for (int i = 0; i < 12000; ++i) {
+  for (int i = 0; i < 6000; ++i) {
     if (load.base_is_hot) keep_busy(kBaseVariant, 6, load.hot_priority);
     for (VariantId v = 1; v <= load.num_variants; ++v) {
       const bool is_hot = v <= load.num_hot;

@@ -57,13 +57,16 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
     const auto operate = [&] {
       ++num_operations;
       const std::vector<SequenceId> alive = engine.alive();
-      const auto any = [&] { return alive[static_cast<std::size_t>(draw(static_cast<int>(alive.size())))]; };
+      const auto any = [&] {
+        return alive[static_cast<std::size_t>(draw(static_cast<int>(alive.size())))];
+      };
       const int action = draw(20);
       if (action < 12) {
         SimulatedEngine::Request request;
         request.id = next_id++;
         const auto variants = engine.variants();
-        request.variant = variants[static_cast<std::size_t>(draw(static_cast<int>(variants.size())))];
+        request.variant =
+            variants[static_cast<std::size_t>(draw(static_cast<int>(variants.size())))];
         // Prompts share long beginnings: all zeros but for the end.
         request.prompt.assign(static_cast<std::size_t>(1 + draw(setting.max_prompt)), 0);
         if (draw(2) == 0) request.prompt.back() = draw(3);
@@ -99,7 +102,7 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
       std::erase_if(leaving, [&](VariantId v) { return engine.try_remove_variant(v); });
     };
     try {
-      for (int i = 0; i < 2500; ++i) {
+      for (int i = 0; i < 1200; ++i) {
         engine.begin_step();
         for (int j = draw(3); j > 0; --j) operate();
         engine.finish_step();
@@ -125,7 +128,7 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
     num_copies += engine.num_copies();
     num_failed += engine.num_failed_by_load();
   }
-  EXPECT_GT(num_operations, 10000);
+  EXPECT_GT(num_operations, 5000);
   EXPECT_GT(num_preemptions, 0);
   EXPECT_EQ(num_hits > 0, setting.config.prefix_caching);
   EXPECT_EQ(num_copies > 0, setting.config.block_size > 1);

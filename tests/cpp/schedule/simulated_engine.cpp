@@ -40,8 +40,8 @@ SimulatedEngine::SimulatedEngine(const SchedulerConfig& config, std::uint32_t se
 
 // The number that position num_tokens - 1 holds.
 std::uint64_t SimulatedEngine::chain(const Sequence& sequence, std::size_t num_tokens) const {
-  std::uint64_t value = mix(static_cast<std::uint64_t>(sequence.request.variant) + 1,
-                            sequence.request.salt);
+  std::uint64_t value =
+      mix(static_cast<std::uint64_t>(sequence.request.variant) + 1, sequence.request.salt);
   for (std::size_t i = 0; i < num_tokens; ++i) {
     value = mix(value, static_cast<std::uint64_t>(sequence.tokens[i]));
   }
@@ -100,9 +100,10 @@ bool SimulatedEngine::can_fork(SequenceId parent) const {
   const Sequence& sequence = sequences_.at(parent);
   if (sequence.tokens.size() > sequence.request.prompt.size()) return true;
   if (!is_under_way_) return false;
-  return joined_.contains(parent) || std::any_of(plan_.chunks.begin(), plan_.chunks.end(), [&](const ScheduledChunk& chunk) {
-    return chunk.id == parent && chunk.samples;
-  });
+  return joined_.contains(parent) ||
+         std::any_of(plan_.chunks.begin(), plan_.chunks.end(), [&](const ScheduledChunk& chunk) {
+           return chunk.id == parent && chunk.samples;
+         });
 }
 
 void SimulatedEngine::fork(SequenceId parent, SequenceId child, std::uint64_t seed) {
@@ -155,10 +156,10 @@ void SimulatedEngine::verify_plan() const {
              sequence.num_computed, ", its chunk starts at ", chunk.start);
     }
     demand(chunk.samples == (chunk.start + chunk.num_tokens == num_known), "samples is wrong");
-    demand(std::equal(chunk.tokens.begin(), chunk.tokens.end(),
-                      sequence.tokens.begin() + chunk.start,
-                      sequence.tokens.begin() + chunk.start + chunk.num_tokens),
-           "sequence ", chunk.id, " has wrong tokens in its chunk");
+    demand(
+        std::equal(chunk.tokens.begin(), chunk.tokens.end(), sequence.tokens.begin() + chunk.start,
+                   sequence.tokens.begin() + chunk.start + chunk.num_tokens),
+        "sequence ", chunk.id, " has wrong tokens in its chunk");
     const std::int32_t end = chunk.start + chunk.num_tokens;
     demand(static_cast<std::int32_t>(chunk.blocks.size()) * config_.block_size >= end,
            "a block table that is too short");

@@ -21,8 +21,8 @@ class SimulatedEngine {
     SequenceId id = 0;
     VariantId variant = kBaseVariant;
     std::vector<std::int32_t> prompt;
-    std::int32_t num_new = 1;     // it ends after so many tokens
-    std::int32_t max_new = 0;     // promised to the scheduler; 0: num_new
+    std::int32_t num_new = 1;  // it ends after so many tokens
+    std::int32_t max_new = 0;  // promised to the scheduler; 0: num_new
     std::int32_t priority = 0;
     std::uint32_t salt = 0;
     std::uint64_t seed = 0;
@@ -64,7 +64,7 @@ class SimulatedEngine {
   std::int32_t num_running_of(VariantId variant) const;
   bool is_loading() const { return !loading_.empty(); }
 
-  std::int32_t load_steps = 2;         // how long a load takes
+  std::int32_t load_steps = 2;  // how long a load takes
   double load_failure_chance = 0.0;
   bool check_always = true;
 
