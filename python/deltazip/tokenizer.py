@@ -134,9 +134,13 @@ class _WindowDetokenizer(Detokenizer):
         if whole.endswith("\ufffd") and held < _MAX_HELD_TOKENS and not final:
             return ""
         new = whole[len(self._known) :] if whole.startswith(self._known) else ""
-        self._ids = self._ids[self._num_read :]
+        kept = self._ids[self._num_read :]
+        known = self._decode(kept)
+        if known or len(self._ids) > 2 * _MAX_HELD_TOKENS:
+            self._ids, self._known = kept, known
+        else:  # tokens that show nothing are no context: a decoder may take the next for the first
+            self._known = whole
         self._num_read = len(self._ids)
-        self._known = self._decode(self._ids)
         return new
 
 

@@ -138,7 +138,7 @@ class GenerationRequest(_Body):
 
 def _refuse(body: _Body, *fields: str) -> None:
     for field in fields:
-        if getattr(body, field, None) not in (None, [], {}, False):
+        if getattr(body, field, None) not in (None, "", [], {}, False):
             raise invalid(f"{field}: not supported", field, "unsupported_parameter")
 
 

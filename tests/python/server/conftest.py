@@ -10,11 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from deltazip.tokenizer import Tokenizer, load_tokenizer
 from serving_support import tiny
 from serving_support.fake_core import FakeEngine
 from serving_support.live import Live, run_server
-
-from deltazip.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from deltazip.tokenizer import Tokenizer
 from serving_support.fake_core import FakeEngine
 from serving_support.live import Live
-
-from deltazip.tokenizer import Tokenizer
 
 TEXT = "the quick 👩‍👩‍👧 fox, नमस्ते 🚀 jumps"
 
@@ -71,8 +70,9 @@ def test_every_form_of_prompt(live: Live, tokenizer: Tokenizer) -> None:
     assert complete(live, prompt=ids[0], max_tokens=len(ids[0]))["choices"][0]["text"] == "the fox"
 
 
-def test_chat_stream_is_the_whole_answer_in_pieces(live: Live, fake: FakeEngine,
-                                                  tokenizer: Tokenizer) -> None:
+def test_chat_stream_is_the_whole_answer_in_pieces(
+    live: Live, fake: FakeEngine, tokenizer: Tokenizer
+) -> None:
     answer = tokenizer.encode(TEXT)
     fake.script = lambda prompt: [*answer, 2]
     fake.step_s = 0.005
@@ -121,8 +121,12 @@ def test_stop_texts_end_the_answer_wherever_tokens_break(
         (["e", "one"], "many fin"),
         ("zebra", text),
     ):
-        body = {"model": "tiny", "prompt": "x", "stop": stop,
-                "max_tokens": len(tokenizer.encode(text))}
+        body = {
+            "model": "tiny",
+            "prompt": "x",
+            "stop": stop,
+            "max_tokens": len(tokenizer.encode(text)),
+        }
         if stream:
             choices = [c["choices"][0] for c in events(live, "/v1/completions", body)]
             got = "".join(choice["text"] for choice in choices)
@@ -140,19 +144,21 @@ def test_stop_texts_end_the_answer_wherever_tokens_break(
 
 def test_include_stop_text(live: Live, fake: FakeEngine, tokenizer: Tokenizer) -> None:
     fake.script = lambda prompt: tokenizer.encode("go on; stop here and there")
-    answer = complete(
-        live, prompt="x", stop="stop", max_tokens=50, include_stop_str_in_output=True
-    )
+    answer = complete(live, prompt="x", stop="stop", max_tokens=50, include_stop_str_in_output=True)
     assert answer["choices"][0]["text"] == "go on; stop"
 
 
-def test_stop_tokens_and_the_variants_own_end(live: Live, fake: FakeEngine,
-                                              tokenizer: Tokenizer) -> None:
+def test_stop_tokens_and_the_variants_own_end(
+    live: Live, fake: FakeEngine, tokenizer: Tokenizer
+) -> None:
     fox = tokenizer.encode("fox")
     fake.script = lambda prompt: [*fox, 2, *fox]
     answer = complete(live, prompt="x", max_tokens=50)
     assert answer["choices"][0] == {
-        "index": 0, "text": "fox", "logprobs": None, "finish_reason": "stop",
+        "index": 0,
+        "text": "fox",
+        "logprobs": None,
+        "finish_reason": "stop",
     }
     ignoring = complete(live, prompt="x", max_tokens=2 * len(fox) + 1, ignore_eos=True)
     assert ignoring["choices"][0]["text"] == "foxfox"
@@ -167,8 +173,13 @@ def test_stop_tokens_and_the_variants_own_end(live: Live, fake: FakeEngine,
 def test_logprobs_of_chat(live: Live, fake: FakeEngine, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🚀 go")
     fake.script = lambda prompt: ids
-    body = {"model": "tiny", "messages": say("x"), "max_tokens": len(ids), "logprobs": True,
-            "top_logprobs": 2}
+    body = {
+        "model": "tiny",
+        "messages": say("x"),
+        "max_tokens": len(ids),
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     content = live.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in content] == [-0.5] * len(ids)
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "🚀 go"
@@ -201,9 +212,22 @@ def test_logprobs_and_echo_of_completions(live: Live, tokenizer: Tokenizer) -> N
 
 def test_parameters_reach_the_engine(live: Live, fake: FakeEngine) -> None:
     complete(
-        live, prompt="x", temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=-1, n=2,
-        repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=-0.2, min_tokens=1,
-        logit_bias={"5": -3.5}, priority=-7, cache_salt="tenant", max_tokens=3,
+        live,
+        prompt="x",
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.1,
+        seed=-1,
+        n=2,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.2,
+        min_tokens=1,
+        logit_bias={"5": -3.5},
+        priority=-7,
+        cache_salt="tenant",
+        max_tokens=3,
     )
     last = fake.submitted[-1]
     sampling = last["sampling"]
@@ -218,11 +242,14 @@ def test_parameters_reach_the_engine(live: Live, fake: FakeEngine) -> None:
     assert dict(sampling.logit_bias) == {5: -3.5}
 
 
-def test_content_parts_are_joined_by_lines(live: Live, fake: FakeEngine,
-                                           tokenizer: Tokenizer) -> None:
+def test_content_parts_are_joined_by_lines(
+    live: Live, fake: FakeEngine, tokenizer: Tokenizer
+) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    live.post("/v1/chat/completions",
-              {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": parts}]})
+    live.post(
+        "/v1/chat/completions",
+        {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": parts}]},
+    )
     prompt = tokenizer.decode(fake.submitted[-1]["prompt"], skip_special_tokens=False)
     assert prompt == "<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
 

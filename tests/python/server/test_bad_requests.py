@@ -9,7 +9,7 @@ import pytest
 from serving_support.fake_core import FakeEngine
 from serving_support.live import Live
 
-COMPLETION = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+COMPLETION = {"model": "tiny", "prompt": "x y z", "max_tokens": 1}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 
 # field, value, status, what the message must say
@@ -82,7 +82,7 @@ COMPLETIONS_ONLY: list[tuple[str, Any, int, str]] = [
 ]
 CHAT_ONLY: list[tuple[str, Any, int, str]] = [
     ("messages", [], 400, "at least 1"),
-    ("messages", "hello", 400, "list"),
+    ("messages", "hello", 400, "valid array"),
     ("messages", [{"role": "user"}], 400, "content"),
     ("messages", [{"role": "tool", "content": "x"}], 400, "'system', 'developer', 'user'"),
     ("messages", [{"role": "user", "content": None}], 400, "text parts"),
@@ -177,8 +177,13 @@ def test_unknown_routes_and_methods(live: Live) -> None:
 def test_fields_that_change_nothing_are_accepted(live: Live) -> None:
     harmless = {"user": "me", "store": False, "metadata": {"a": "b"}, "suffix": "", "best_of": 1}
     assert live.post("/v1/completions", {**COMPLETION, **harmless}).status_code == 200
-    plain = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"},
-             "modalities": ["text"], "parallel_tool_calls": True}
+    plain = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+    }
     assert live.post("/v1/chat/completions", {**CHAT, **plain}).status_code == 200
 
 

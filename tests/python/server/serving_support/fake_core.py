@@ -204,9 +204,7 @@ class FakeEngine:
             event.tokens.append(token)
             if run.sampling.logprobs >= 0:
                 top = [(token, -0.5), (1, -float("inf"))][: run.sampling.logprobs]
-                event.logprobs.append(
-                    SimpleNamespace(token=token, logprob=-0.5, rank=1, top=top)
-                )
+                event.logprobs.append(SimpleNamespace(token=token, logprob=-0.5, rank=1, top=top))
             if run.num_done >= run.sampling.max_tokens:
                 event.finish = Finish.LENGTH
         if event.finish is not Finish.NONE:

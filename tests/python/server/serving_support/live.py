@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-
 from deltazip.server.app import Application, create_app
 from deltazip.server.run import DrainingServer, make_server
 from deltazip.server.settings import Settings

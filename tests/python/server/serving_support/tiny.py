@@ -63,7 +63,7 @@ def write_sentencepiece_tokenizer(folder: Path) -> sentencepiece.SentencePiecePr
         model_type="bpe",
         vocab_size=400,
         byte_fallback=True,
-        character_coverage=0.97,
+        character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
