@@ -1,0 +1,44 @@
+#include "backend/cpu/isa.h"
+
+#include "deltazip/base/error.h"
+
+namespace deltazip::cpu {
+namespace {
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> available{&kernels_scalar()};
+#if defined(DELTAZIP_CPU_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+      __builtin_cpu_supports("f16c") != 0) {
+    available.push_back(&kernels_avx2());
+    if (__builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+        __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0) {
+      available.push_back(&kernels_avx512());
+    }
+  }
+#endif
+  return available;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
+  return names;
+}
+
+const Kernels& choose_kernels(std::string_view isa) {
+  const std::vector<const Kernels*> available = available_kernels();
+  if (isa.empty()) return *available.back();
+  std::string names;
+  for (const Kernels* kernels : available) {
+    if (kernels->name == isa) return *kernels;
+    names += names.empty() ? "" : ", ";
+    names += kernels->name;
+  }
+  detail::fail<InvalidArgument>("cpu: isa '", isa, "' is not one this machine runs: ", names);
+}
+
+}  // namespace deltazip::cpu

@@ -1,0 +1,228 @@
+#include "backend/cpu/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+namespace deltazip::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Below this a division by the temperature has no meaning in float; the limit is greedy.
+constexpr float kMinTemperature = 1e-5F;
+
+bool changes_logits(const SamplingRow& row) {
+  return row.repetition_penalty != 1.0F || row.presence_penalty != 0.0F ||
+         row.frequency_penalty != 0.0F || row.num_biases > 0 || row.num_banned_tokens > 0;
+}
+
+std::size_t at(std::int32_t token) { return static_cast<std::size_t>(token); }
+
+void change_logits(const SamplingRow& row, SamplerScratch& scratch) {
+  std::vector<float>& logits = scratch.logits;
+  if (row.repetition_penalty != 1.0F) {
+    constexpr std::uint32_t kSeen = 1;
+    scratch.counts.assign(logits.size(), 0);
+    const auto penalise = [&](std::int32_t token) {
+      if (std::exchange(scratch.counts[at(token)], kSeen) == kSeen) return;
+      float& logit = logits[at(token)];
+      logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+    };
+    std::for_each_n(row.prompt_tokens, row.num_prompt_tokens, penalise);
+    std::for_each_n(row.output_tokens, row.num_output_tokens, penalise);
+  }
+  if (row.presence_penalty != 0.0F || row.frequency_penalty != 0.0F) {
+    scratch.counts.assign(logits.size(), 0);
+    std::for_each_n(row.output_tokens, row.num_output_tokens,
+                    [&](std::int32_t token) { ++scratch.counts[at(token)]; });
+    std::for_each_n(row.output_tokens, row.num_output_tokens, [&](std::int32_t token) {
+      const std::uint32_t count = std::exchange(scratch.counts[at(token)], 0);
+      if (count == 0) return;
+      logits[at(token)] -= row.presence_penalty + row.frequency_penalty * static_cast<float>(count);
+    });
+  }
+  for (std::int32_t i = 0; i < row.num_biases; ++i) {
+    logits[at(row.biases[i].token)] += row.biases[i].bias;
+  }
+  for (std::int32_t i = 0; i < row.num_banned_tokens; ++i) {
+    logits[at(row.banned_tokens[i])] = -kInfinity;
+  }
+}
+
+// The tokens that min-p, top-k and top-p leave, most likely first.
+void keep_candidates(const Kernels& kernels, const SamplingRow& row, double total,
+                     SamplerScratch& scratch) {
+  const std::vector<float>& weights = scratch.weights;
+  std::vector<std::int32_t>& candidates = scratch.candidates;
+  const auto vocab_size = static_cast<std::int64_t>(weights.size());
+  const bool has_top_k = row.top_k > 0 && row.top_k < vocab_size;
+  // Weights are relative to the largest, so min-p is a bound as it stands.
+  const float lowest = row.min_p > 0.0F ? std::nextafter(row.min_p, 0.0F) : 0.0F;
+
+  // Only as many as are needed are gathered, so that a peaked row sorts a few hundred, not all.
+  candidates.resize(weights.size());
+  std::int64_t count = 0;
+  for (const float bound : {1e-2F, 1e-4F, 1e-6F, 0.0F}) {
+    count = kernels.collect_greater(candidates.data(), weights.data(), vocab_size,
+                                    std::max(bound, lowest));
+    if (bound <= lowest) break;
+    if (has_top_k) {
+      if (count >= row.top_k) break;
+    } else if (row.top_p < 1.0F && row.min_p <= 0.0F) {
+      double mass = 0.0;
+      for (std::int64_t i = 0; i < count; ++i) {
+        mass += static_cast<double>(weights[at(candidates[static_cast<std::size_t>(i)])]);
+      }
+      if (mass >= static_cast<double>(row.top_p) * total) break;
+    }
+  }
+  candidates.resize(static_cast<std::size_t>(count));
+  const auto is_likelier = [&](std::int32_t a, std::int32_t b) {
+    return weights[at(a)] != weights[at(b)] ? weights[at(a)] > weights[at(b)] : a < b;
+  };
+  if (has_top_k && row.top_k < count) {
+    std::nth_element(candidates.begin(), candidates.begin() + row.top_k, candidates.end(),
+                     is_likelier);
+    candidates.resize(at(row.top_k));
+  }
+  std::sort(candidates.begin(), candidates.end(), is_likelier);
+  if (row.top_p < 1.0F) {
+    double kept_total = total;
+    if (has_top_k || row.min_p > 0.0F) {
+      kept_total = 0.0;
+      for (const std::int32_t token : candidates) {
+        kept_total += static_cast<double>(weights[at(token)]);
+      }
+    }
+    const double bound = static_cast<double>(row.top_p) * kept_total;
+    double mass = 0.0;
+    std::size_t kept = 0;
+    while (kept < candidates.size() && (kept == 0 || mass < bound)) {
+      mass += static_cast<double>(weights[at(candidates[kept++])]);
+    }
+    candidates.resize(kept);
+  }
+}
+
+std::int32_t draw(const Kernels& kernels, const SamplingRow& row, float max,
+                  const std::vector<float>& logits, SamplerScratch& scratch) {
+  const auto vocab_size = static_cast<std::int64_t>(logits.size());
+  scratch.weights.resize(logits.size());
+  const double total = kernels.exp_scaled(scratch.weights.data(), logits.data(), vocab_size, max,
+                                          1.0F / row.temperature);
+  const double u = uniform_draw(row.seed, row.position);
+  const std::vector<float>& weights = scratch.weights;
+  const bool keeps_all =
+      (row.top_k <= 0 || row.top_k >= vocab_size) && row.top_p >= 1.0F && row.min_p <= 0.0F;
+  if (keeps_all) {
+    double mass = 0.0;
+    std::int32_t last = 0;
+    for (std::int32_t token = 0; token < vocab_size; ++token) {
+      if (weights[at(token)] <= 0.0F) continue;
+      mass += static_cast<double>(weights[at(token)]);
+      last = token;
+      if (mass > u * total) return token;
+    }
+    return last;  // rounding left the end of the interval uncovered
+  }
+  keep_candidates(kernels, row, total, scratch);
+  double kept_total = 0.0;
+  for (const std::int32_t token : scratch.candidates) {
+    kept_total += static_cast<double>(weights[at(token)]);
+  }
+  double mass = 0.0;
+  for (const std::int32_t token : scratch.candidates) {
+    mass += static_cast<double>(weights[at(token)]);
+    if (mass > u * kept_total) return token;
+  }
+  return scratch.candidates.back();
+}
+
+void score(const Kernels& kernels, const float* logits, std::int64_t vocab_size,
+           const SamplingRow& row, const LogitSummary& summary, SamplerScratch& scratch,
+           SampledToken& out) {
+  const double log_sum = static_cast<double>(summary.max) + std::log(summary.sum_exp);
+  const auto logprob = [&](std::int32_t token) {
+    return static_cast<float>(static_cast<double>(logits[token]) - log_sum);
+  };
+  out.logprob = logprob(out.token);
+  out.rank =
+      1 + static_cast<std::int32_t>(kernels.count_greater(logits, vocab_size, logits[out.token]));
+  if (row.num_logprobs <= 0) return;
+
+  std::vector<std::int32_t>& candidates = scratch.candidates;
+  candidates.resize(static_cast<std::size_t>(vocab_size));
+  std::int64_t count = 0;
+  for (float width = 4.0F;; width *= 4.0F) {
+    const float bound = width < 1e6F ? summary.max - width : -kInfinity;
+    count = kernels.collect_greater(candidates.data(), logits, vocab_size, bound);
+    if (count >= row.num_logprobs || bound == -kInfinity) break;
+  }
+  candidates.resize(static_cast<std::size_t>(count));
+  out.num_top = static_cast<std::int32_t>(std::min<std::int64_t>(row.num_logprobs, count));
+  std::partial_sort(candidates.begin(), candidates.begin() + out.num_top, candidates.end(),
+                    [&](std::int32_t a, std::int32_t b) {
+                      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+                    });
+  for (std::int32_t i = 0; i < out.num_top; ++i) {
+    out.top_tokens[i] = candidates[at(i)];
+    out.top_logprobs[i] = logprob(candidates[at(i)]);
+  }
+}
+
+}  // namespace
+
+double uniform_draw(std::uint64_t seed, std::uint64_t position) {
+  std::uint32_t counter[4] = {static_cast<std::uint32_t>(position),
+                              static_cast<std::uint32_t>(position >> 32), 0, 0};
+  std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * counter[0];
+    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * counter[2];
+    const std::uint32_t next[4] = {static_cast<std::uint32_t>(product1 >> 32) ^ counter[1] ^ key[0],
+                                   static_cast<std::uint32_t>(product1),
+                                   static_cast<std::uint32_t>(product0 >> 32) ^ counter[3] ^ key[1],
+                                   static_cast<std::uint32_t>(product0)};
+    std::copy(std::begin(next), std::end(next), std::begin(counter));
+    key[0] += 0x9E3779B9u;
+    key[1] += 0xBB67AE85u;
+  }
+  const std::uint64_t bits = (std::uint64_t{counter[0]} << 32) | counter[1];
+  return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+SampledToken sample_row(const Kernels& kernels, const float* logits, std::int64_t vocab_size,
+                        const SamplingRow& row, SamplerScratch& scratch) {
+  SampledToken out;
+  const LogitSummary summary = kernels.summarise_logits(logits, vocab_size);
+  if (!summary.is_finite) {
+    out.is_finite = false;
+    return out;
+  }
+  if (row.forced_token >= 0) {
+    out.token = row.forced_token;
+  } else {
+    const bool is_greedy = row.temperature < kMinTemperature || row.top_k == 1;
+    const bool is_copied = changes_logits(row) || !is_greedy;
+    const float* values = logits;
+    float max = summary.max;
+    if (is_copied) {
+      scratch.logits.assign(logits, logits + vocab_size);
+      change_logits(row, scratch);
+      values = scratch.logits.data();
+    }
+    const std::int64_t best = kernels.argmax(values, vocab_size);
+    max = values[best];
+    if (!std::isfinite(max)) {  // every token is banned: no choice is left
+      out.is_finite = false;
+      return out;
+    }
+    out.token = is_greedy ? static_cast<std::int32_t>(best)
+                          : draw(kernels, row, max, scratch.logits, scratch);
+  }
+  if (row.num_logprobs >= 0) score(kernels, logits, vocab_size, row, summary, scratch, out);
+  return out;
+}
+
+}  // namespace deltazip::cpu
