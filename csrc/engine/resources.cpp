@@ -157,13 +157,10 @@ std::shared_ptr<VariantRecord> Resources::open_variant(const std::string& name,
   const fs::path folder = fs::is_directory(path) ? fs::path(path) : fs::path(path).parent_path();
   record->eos_token_ids = with_generation_config(model_config, folder).eos_token_ids;
 
-  const std::shared_ptr<const DeltaFile> file = DeltaFile::open(path);
-  Model::check_servable(model_config, *file);
   record->store_handle = store->add(path);
   try {
+    Model::check_servable(model_config, *store->file(record->store_handle));
     const DeltaSummary& summary = store->summary(record->store_handle);
-    DZ_CHECK(summary.content_digest == file->content_digest(), "variant '", name,
-             "': the file at '", path, "' changed while it was read");
     record->content_digest = summary.content_digest;
     record->file_bytes = static_cast<std::int64_t>(summary.file_bytes);
     record->device_bytes = static_cast<std::int64_t>(summary.tiled_bytes);

@@ -1,4 +1,4 @@
-"""DeltaZip: one process serves a base model and many full fine-tunes of it, as compressed deltas."""
+"""DeltaZip: one process serves a base model and many full fine-tunes, as compressed deltas."""
 
 from __future__ import annotations
 
