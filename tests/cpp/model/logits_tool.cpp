@@ -43,7 +43,7 @@ Arguments read_arguments(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     const std::string key = argv[i];
     if (key == "--argmax") {
-      out.options[key] = "1";
+      out.options.emplace(key, "yes");
       continue;
     }
     DZ_CHECK(key.starts_with("--") && i + 1 < argc, "expected --option value, got ", key);
