@@ -106,6 +106,7 @@ struct Scheduler::Impl {
   Sequence* best_candidate() const;
   bool fits_now(Sequence& sequence);
   bool fits_beside(const Sequence& sequence, bool only_turns) const;
+  BlockId take_free_block();
   bool take_blocks(Sequence& sequence, Plan& plan);
   void schedule(Sequence& sequence, std::int32_t num_tokens, Plan& plan);
 

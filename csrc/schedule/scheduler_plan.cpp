@@ -260,6 +260,12 @@ bool Scheduler::Impl::fits_beside(const Sequence& sequence, bool only_turns) con
          config.num_blocks - num_held;
 }
 
+BlockId Scheduler::Impl::take_free_block() {
+  const std::optional<BlockId> block = allocator.allocate();
+  DZ_INTERNAL(block.has_value(), "no block is free where one was counted");
+  return *block;
+}
+
 // Blocks for all known tokens, and a block of its own to write into. All or nothing; preempts only
 // what ranks below, which this plan has not scheduled yet. False: it stalls in this step.
 bool Scheduler::Impl::take_blocks(Sequence& sequence, Plan& plan) {
@@ -276,11 +282,11 @@ bool Scheduler::Impl::take_blocks(Sequence& sequence, Plan& plan) {
   }
   if (must_copy) {
     const BlockId from = sequence.blocks[write_block];
-    sequence.blocks[write_block] = *allocator.allocate();
+    sequence.blocks[write_block] = take_free_block();
     plan.copies.push_back({from, sequence.blocks[write_block]});
     allocator.release(from);
   }
-  for (std::int32_t i = 0; i < num_missing; ++i) sequence.blocks.push_back(*allocator.allocate());
+  for (std::int32_t i = 0; i < num_missing; ++i) sequence.blocks.push_back(take_free_block());
   return true;
 }
 
