@@ -1,7 +1,5 @@
 # deltazip_library(NAME SOURCES ... DEPENDS ... PRIVATE_DEPENDS ...): a folder of csrc/, static.
 # deltazip_test(NAME SOURCES ... DEPENDS ...): one GoogleTest binary, found by ctest.
-# deltazip_fuzz(NAME SOURCES ... DEPENDS ...): one libFuzzer binary.
-# A test is built with DELTAZIP_TESTS, a fuzzer with DELTAZIP_FUZZ; otherwise the call does nothing.
 
 add_library(deltazip_options INTERFACE)
 target_compile_options(deltazip_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
@@ -45,9 +43,6 @@ function(deltazip_library name)
 endfunction()
 
 function(deltazip_test name)
-  if(NOT DELTAZIP_TESTS)
-    return()
-  endif()
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
   add_executable(${name} ${ARG_SOURCES})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc
@@ -56,15 +51,4 @@ function(deltazip_test name)
                              DELTAZIP_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data")
   target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS} GTest::gtest_main)
   add_test(NAME ${name} COMMAND ${name})
-endfunction()
-
-function(deltazip_fuzz name)
-  if(NOT DELTAZIP_FUZZ)
-    return()
-  endif()
-  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
-  add_executable(${name} ${ARG_SOURCES})
-  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
-  target_link_options(${name} PRIVATE -fsanitize=fuzzer)
-  target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS})
 endfunction()
