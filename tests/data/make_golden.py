@@ -11,10 +11,13 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 FOLDER = Path(__file__).parent
+Array = npt.NDArray[Any]
 PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
 DTYPES = {"uint8": "U8", "float16": "F16", "float32": "F32", "uint16": "BF16"}
 
@@ -45,7 +48,9 @@ def pack_bits(codes: list[int], bits: int) -> bytes:
     return number.to_bytes(len(codes) * bits // 8, "little")
 
 
-def make_row(rng: np.random.Generator, kind: str, columns: int) -> tuple[dict[str, bytes], list]:
+def make_row(
+    rng: np.random.Generator, kind: str, columns: int
+) -> tuple[dict[str, bytes], list[int]]:
     """One row's stored bytes by suffix, and the integer value of each column."""
     padded = (columns + 31) // 32 * 32
     if kind == "dense_int4":
@@ -82,10 +87,10 @@ def make_row(rng: np.random.Generator, kind: str, columns: int) -> tuple[dict[st
     return {"values": pack_bits(codes, bits), "indices": pack_bits(indices, 4)}, values[:columns]
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
     """Plain safetensors; widest elements first, so that each is aligned."""
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     data = b""
     for name in order:
         raw = tensors[name].tobytes()
@@ -102,9 +107,9 @@ def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
 
 def main() -> None:
     rng = np.random.default_rng(20250101)
-    stored: dict[str, np.ndarray] = {}
-    expected: dict[str, np.ndarray] = {}
-    manifest_tensors: dict[str, dict] = {}
+    stored: dict[str, Array] = {}
+    expected: dict[str, Array] = {}
+    manifest_tensors: dict[str, dict[str, Any]] = {}
     for name, (kind, rows, columns, group_size) in MATRICES.items():
         num_groups = -(-columns // group_size)
         scales = (rng.standard_normal((rows, num_groups)) * 0.01).astype(np.float16)
@@ -125,13 +130,13 @@ def main() -> None:
             "type": kind, "shape": [rows, columns], "group_size": group_size,
         }  # fmt: skip
     for name, kind in REPLACED.items():
-        values = (1 + rng.standard_normal(12)).astype(np.float32)
+        exact = (1 + rng.standard_normal(12)).astype(np.float32)
         if kind == "bfloat16":  # the upper half of a float32
-            bits = values.view(np.uint32) >> 16
+            bits = exact.view(np.uint32) >> 16
             stored[name] = bits.astype(np.uint16)
             expected[name] = (bits << 16).astype(np.uint32).view(np.float32)
         else:
-            stored[name] = values.astype(kind)
+            stored[name] = exact.astype(kind)
             expected[name] = stored[name].astype(np.float32)
         manifest_tensors[name] = {"type": "replaced", "shape": [12]}
     for name, shape in UNCHANGED.items():
@@ -141,8 +146,8 @@ def main() -> None:
     content = hashlib.sha256(b"deltazip.delta.v1\0" + base_digest.encode() + b"\0")
     for name in sorted(manifest_tensors):
         entry = manifest_tensors[name]
-        shape = ",".join(map(str, entry["shape"]))
-        fields = (name, entry["type"], shape, str(entry.get("group_size", 0)))
+        sizes = ",".join(map(str, entry["shape"]))
+        fields = (name, entry["type"], sizes, str(entry.get("group_size", 0)))
         content.update("".join(field + "\0" for field in fields).encode())
     for name in sorted(stored):
         content.update(name.encode() + b"\0" + hashlib.sha256(stored[name].tobytes()).digest())
