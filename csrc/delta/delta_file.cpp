@@ -111,14 +111,16 @@ Digest check_content(const SafetensorsFile& file, const Manifest& manifest, cons
     content.update(digest_text(tensor.shape)).update(kNul);
     content.update(std::to_string(tensor.group_size)).update(kNul);
   }
-  for (const auto& [name, claimed] : claims) {
+  for (const auto& item : claims) {
+    const Claim& claimed = item.second;
     Sha256 hash;
     file.stream(*claimed.entry, [&](std::size_t offset, std::span<const std::byte> bytes) {
       check_piece(file, claimed, offset, bytes);
       hash.update(bytes);
     });
     const Digest digest = hash.finish();
-    content.update(name).update(kNul).update(std::as_bytes(std::span(digest.bytes)));
+    content.update(item.first).update(kNul);
+    content.update(std::as_bytes(std::span(digest.bytes)));
   }
   return content.finish();
 }
