@@ -1,0 +1,112 @@
+// Memory, streams, names, and how a backend is found.
+
+#include <algorithm>
+
+#include "backend/harness.h"
+
+namespace deltazip::testing {
+namespace {
+
+class MemoryTest : public BackendTest {};
+DZ_ON_EVERY_BACKEND(MemoryTest);
+
+TEST_P(MemoryTest, AllocatesAlignedAndCopies) {
+  Buffer device = backend().allocate(1000), other = backend().allocate(1000);
+  Buffer host = backend().allocate_host(1000);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(device.data()) % 64, 0u);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(host.data()) % 64, 0u);
+  EXPECT_EQ(device.num_bytes(), 1000u);
+  std::vector<unsigned char> sent(1000), received(1000);
+  for (unsigned char& byte : sent) byte = static_cast<unsigned char>(rng_());
+  backend().copy_to_device(device.data(), sent.data(), 1000, stream());
+  backend().copy_on_device(other.data(), device.data(), 1000, stream());
+  backend().copy_to_host(received.data(), other.data(), 1000, stream());
+  stream().synchronize();
+  EXPECT_EQ(sent, received);
+  const auto event = backend().create_event();
+  event->record(stream());
+  event->wait(stream());
+  stream().synchronize();
+  EXPECT_TRUE(event->is_done());
+  EXPECT_NO_THROW(backend().allocate(0));
+}
+
+TEST_P(MemoryTest, TooMuchIsAnErrorThatSaysSo) {
+  try {
+    backend().allocate(std::size_t{1} << 60);
+    FAIL() << "2^60 bytes were allocated";
+  } catch (const ResourceExhausted& error) {
+    EXPECT_NE(std::string(error.what()).find("1152921504606846976"), std::string::npos);
+  }
+  const MemoryInfo info = backend().memory_info();
+  EXPECT_GT(info.free_bytes, 0u);
+  EXPECT_LE(info.free_bytes, info.total_bytes);
+}
+
+TEST_P(MemoryTest, DescribesItself) {
+  EXPECT_NE(backend().description().find("2 threads"), std::string::npos);
+  EXPECT_EQ(backend().description().substr(0, 3), GetParam().substr(0, 3));
+}
+
+TEST_P(MemoryTest, PackingRefusesWhatIsNoWeight) {
+  EXPECT_THROW(backend().packed_bytes(DType::kInt32, 4, 4), InvalidArgument);
+  EXPECT_THROW(backend().packed_bytes(DType::kFloat32, 0, 4), InvalidArgument);
+  const std::vector<float> values(16);
+  Buffer buffer = backend().allocate(4096);
+  EXPECT_THROW(
+      backend().pack_weight(buffer.data(), {values.data(), DType::kFloat32, {16}}, stream()),
+      InvalidArgument);
+}
+
+std::string error_of(std::string_view device, const BackendOptions& options = {}) {
+  try {
+    make_backend(device, options);
+  } catch (const InvalidArgument& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(RegistryTest, NamesWhatIsWrong) {
+  EXPECT_NE(error_of("tpu").find("unknown device 'tpu'"), std::string::npos);
+  EXPECT_NE(error_of("cuda:x").find("cuda:N"), std::string::npos);
+  EXPECT_NE(error_of("cuda:-1").find("cuda:N"), std::string::npos);
+  EXPECT_NE(error_of("").find("expected cpu"), std::string::npos);
+  EXPECT_NE(error_of("cpu", {.num_threads = 1, .isa = "mmx"}).find("'mmx'"), std::string::npos);
+  EXPECT_NE(error_of("cpu", {.num_threads = -1, .isa = ""}).find("num_threads"), std::string::npos);
+}
+
+TEST(RegistryTest, DeltaTypesHaveTheFilesNames) {
+  for (const DeltaType type : kDeltaTypes) EXPECT_EQ(delta_type_from_name(name(type)), type);
+  EXPECT_EQ(name(DeltaType::kSparse24Ternary), "sparse24_ternary");
+  EXPECT_EQ(delta_type_from_name("sparse24_int3"), std::nullopt);
+}
+
+TEST(RegistryTest, TernaryStatesAreTheFormats) {
+  std::vector<std::string> seen;
+  for (std::size_t code = 0; code < 32; ++code) {
+    const TernaryState& state = ternary_states()[code];
+    ASSERT_LT(state.index0, state.index1);
+    ASSERT_LT(state.index1, 4);
+    int values[4] = {};
+    values[state.index0] = state.value0;
+    values[state.index1] = state.value1;
+    std::string text;
+    int kept = 0;
+    for (const int value : values) {
+      text += value == 0 ? '0' : value > 0 ? '+' : '-';
+      kept += value != 0 ? 1 : 0;
+    }
+    EXPECT_EQ(kept, code < 8 ? 1 : 2) << code;
+    EXPECT_EQ(std::count(seen.begin(), seen.end(), text), 0) << text << " twice";
+    seen.push_back(text);
+  }
+  EXPECT_EQ(seen[0], "+000");
+  EXPECT_EQ(seen[7], "000-");
+  EXPECT_EQ(seen[8], "++00");
+  EXPECT_EQ(seen[9], "-+00");
+  EXPECT_EQ(seen[31], "00--");
+}
+
+}  // namespace
+}  // namespace deltazip::testing
