@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +14,68 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Some sequences laid end to end: tokens begin..begin+sum(lengths) of all."""
+    """Some sequences that all begin alike: their common prefix once, then the rest of each.
+
+    Attributes:
+        begin: the batch's first row in the file.
+        prefix: tokens that every sequence begins with; a chat template's system message.
+        lengths: tokens of each sequence after the prefix.
+    """
 
     begin: int
+    prefix: int
     lengths: tuple[int, ...]
 
     @property
+    def num_rows(self) -> int:
+        return self.prefix + sum(self.lengths)
+
+    @property
     def end(self) -> int:
-        return self.begin + sum(self.lengths)
+        return self.begin + self.num_rows
 
     def padded_index(self, device: torch.device) -> Tensor:
         """[sequences, longest]: the row of each token, -1 where a sequence has ended."""
-        longest = max(self.lengths)
-        index = torch.full((len(self.lengths), longest), -1, dtype=torch.int64)
-        at = 0
+        index = torch.full(
+            (len(self.lengths), self.prefix + max(self.lengths)), -1, dtype=torch.int64
+        )
+        index[:, : self.prefix] = torch.arange(self.prefix)
+        at = self.prefix
         for row, length in enumerate(self.lengths):
-            index[row, :length] = torch.arange(at, at + length)
+            index[row, self.prefix : self.prefix + length] = torch.arange(at, at + length)
             at += length
         return index.to(device)
 
 
-def make_batches(lengths: Sequence[int], max_tokens: int) -> list[Batch]:
-    """Neighbouring sequences of at most `max_tokens` padded tokens, at least one a batch."""
+def make_batches(lengths: Sequence[int], max_tokens: int, prefix: int = 0) -> list[Batch]:
+    """Neighbouring sequences of at most `max_tokens` padded tokens, at least one a batch.
+
+    lengths: tokens of each sequence, the common `prefix` counted; each has more than that.
+    """
     batches: list[Batch] = []
     begin, current = 0, list[int]()
     for length in lengths:
-        if current and max([*current, length]) * (len(current) + 1) > max_tokens:
-            batches.append(Batch(begin, tuple(current)))
+        if current and (max(*current, length - prefix) + prefix) * (len(current) + 1) > max_tokens:
+            batches.append(Batch(begin, prefix, tuple(current)))
             begin, current = batches[-1].end, []
-        current.append(length)
+        current.append(length - prefix)
     if current:
-        batches.append(Batch(begin, tuple(current)))
+        batches.append(Batch(begin, prefix, tuple(current)))
     return batches
 
 
 class ActivationFile:
-    """[tokens, width] float32 on the disk, read and written by rows; not mapped, not resident."""
+    """[rows, width] float32 on the disk, read and written by rows; not mapped, not resident."""
 
-    def __init__(self, path: Path, num_tokens: int, width: int, *, keep: bool = False) -> None:
-        self.path, self.num_tokens, self.width = path, num_tokens, width
+    def __init__(self, path: Path, num_rows: int, width: int, *, keep: bool = False) -> None:
+        self.path, self.width = path, width
         if not keep:
             path.unlink(missing_ok=True)
         self._file = path.open("r+b" if keep else "w+b")
-        self._file.truncate(num_tokens * width * 4)
+        self._file.truncate(num_rows * width * 4)
 
     def read(self, batch: Batch, device: torch.device) -> Tensor:
-        data = np.empty((batch.end - batch.begin, self.width), np.float32)
+        data = np.empty((batch.num_rows, self.width), np.float32)
         self._file.seek(batch.begin * self.width * 4)
         if self._file.readinto(data.data) != data.nbytes:
             raise OSError(f"{self.path}: cut short")
@@ -77,24 +93,21 @@ class ActivationFile:
         self._file.close()
 
 
-def iterate(
-    batches: Sequence[Batch], file: ActivationFile, device: torch.device
-) -> Iterator[tuple[Batch, Tensor]]:
-    for batch in batches:
-        yield batch, file.read(batch, device)
-
-
 class HessianSum:
-    """2/n * sum(x x^T) over tokens, [width, width] float32."""
+    """2/n * sum(x x^T) over the tokens of all sequences, [width, width] float32."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum = torch.zeros((width, width), device=device)
         self._num_tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """inputs: [tokens, width]."""
+    def add(self, inputs: Tensor, batch: Batch) -> None:
+        """inputs: [rows of the batch, width]. The prefix counts once for each sequence."""
+        num_sequences = len(batch.lengths)
+        if batch.prefix and num_sequences > 1:
+            inputs = inputs.clone()
+            inputs[: batch.prefix] *= num_sequences**0.5
         self._sum.addmm_(inputs.mT, inputs)
-        self._num_tokens += inputs.shape[0]
+        self._num_tokens += inputs.shape[0] + batch.prefix * (num_sequences - 1)
 
     def value(self) -> Tensor:
         return self._sum * (2.0 / max(self._num_tokens, 1))

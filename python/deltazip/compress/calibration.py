@@ -162,3 +162,10 @@ def calibration_sequences(
             f"{len(sequences)} samples"
         )
     return sorted(sequences, key=len)
+
+
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all sequences begin with, at least one left to each."""
+    first, last = min(sequences), max(sequences)
+    length = min(len(ids) for ids in sequences) - 1
+    return next((i for i in range(length) if first[i] != last[i]), length)

@@ -85,15 +85,23 @@ class Stored:
 
     @classmethod
     def of_tensor(cls, tensor: torch.Tensor) -> Stored:
-        dtype = next(
-            name for name, torch_type in WEIGHT_DTYPES.items() if torch_type == tensor.dtype
-        )
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return cls(dtype, tuple(tensor.shape), lambda: flat.numpy().tobytes())
+        return cls(dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor_bytes(tensor))
 
     @classmethod
     def of_file(cls, info: TensorInfo) -> Stored:
         return cls(info.dtype, info.shape, lambda: read_bytes(info))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a float dtype."""
+    return next(name for name, ours in WEIGHT_DTYPES.items() if ours == dtype)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A float tensor's bytes, row-major; no copy if it lies so already."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data: memoryview = flat.numpy().data
+    return data
 
 
 def stored_of_matrix(name: str, matrix: QuantizedMatrix) -> dict[str, Stored]:
@@ -240,7 +248,7 @@ def _check_stored(entries: Mapping[str, Entry], stored: Mapping[str, Stored]) ->
                     f"{list(got.shape)}"
                 )
     if wanted != set(stored):
-        odd = sorted(wanted ^ set(stored))[0]
+        odd = min(wanted ^ set(stored))
         state = "missing" if odd in wanted else "not called for by any entry"
         raise ValueError(f"stored tensor '{odd}' is {state}")
 

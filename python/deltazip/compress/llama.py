@@ -53,7 +53,7 @@ class LlamaShape:
             self.config: Any = LlamaConfig.from_dict(checkpoint.config)
         except Exception as error:
             raise CheckpointError(f"{checkpoint.folder}: config.json: {error}") from error
-        config = self.config
+        config: Any = self.config
         if config.hidden_act != "silu":
             raise CheckpointError(
                 f"{checkpoint.folder}: hidden_act is {config.hidden_act}, expected silu"
@@ -64,7 +64,7 @@ class LlamaShape:
         self.vocab = int(config.vocab_size)
         self.num_heads = int(config.num_attention_heads)
         self.num_kv_heads = int(config.num_key_value_heads)
-        self.head_dim = int(config.head_dim or self.hidden // self.num_heads)
+        self.head_dim = int(config.head_dim)
         self.is_tied = bool(config.tie_word_embeddings)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -98,7 +98,7 @@ class LlamaShape:
 
 
 class LlamaForward:
-    """The arithmetic of one layer, in pieces. Tokens of a batch lie end to end, unpadded."""
+    """The arithmetic of one layer, in pieces. A batch's rows are its tokens, unpadded."""
 
     def __init__(self, shape: LlamaShape, longest: int, device: torch.device) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -115,26 +115,30 @@ class LlamaForward:
         return hidden * torch.rsqrt(variance + float(self.shape.config.rms_norm_eps)) * weight
 
     def attention(self, inputs: Tensor, weights: Weights, index: Tensor) -> Tensor:
-        """What goes into o_proj: [tokens, heads * head_dim].
+        """What goes into o_proj: [rows, heads * head_dim].
 
-        inputs: [tokens, hidden], normed. index: [sequences, longest], -1 is padding.
+        inputs: [rows, hidden], normed. index: [sequences, longest], the row of each token, -1 is
+        padding.
         """
         shape = self.shape
         # Padding lies after a sequence's tokens, where the causal mask hides it from them.
-        padded = inputs[index.clamp(min=0)]
+        taken = index.clamp(min=0)
         heads = []
         for name, count in zip(
             ATTENTION_INPUTS, (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), strict=True
         ):
-            out = _linear(padded, weights, name)
+            out = _linear(inputs, weights, name)[taken]
             split = out.reshape(*out.shape[:2], count, shape.head_dim)
             heads.append(split.transpose(1, 2))
         query, key = (self._rotate(part) for part in heads[:2])
-        mixed = F.scaled_dot_product_attention(
+        mixed: Tensor = F.scaled_dot_product_attention(
             query, key, heads[2], is_causal=True, enable_gqa=shape.num_heads != shape.num_kv_heads
         )
-        valid: Tensor = mixed.transpose(1, 2).flatten(2)[index >= 0]
-        return valid
+        width = shape.num_heads * shape.head_dim
+        rows: Tensor = torch.empty((inputs.shape[0], width), device=inputs.device)
+        # A row that several sequences share is written by each, with the same.
+        rows[index[index >= 0]] = mixed.transpose(1, 2).flatten(2)[index >= 0]
+        return rows
 
     def _rotate(self, heads: Tensor) -> Tensor:
         """heads: [sequences, heads, tokens, head_dim]."""

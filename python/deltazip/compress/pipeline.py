@@ -127,7 +127,7 @@ def compress(
     entries, stored, report = workspace.collect()
     missing = {p.name for p in planned} ^ set(entries)
     if missing:
-        raise CompressError(f"tensor '{sorted(missing)[0]}' was not compressed: this is a bug")
+        raise CompressError(f"tensor '{min(missing)}' was not compressed: this is a bug")
     progress("writing", 1.0)
     out.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(base, finetuned, out)
@@ -256,8 +256,10 @@ class _Run:
         self.models, self.shape, self.settings = models, shape, settings
         self.workspace, self.sequences, self.device = workspace, sequences, device
         self.progress = progress
-        self.batches = make_batches([len(ids) for ids in sequences], settings.batch_tokens)
-        self.num_tokens = sum(len(ids) for ids in sequences)
+        self.prefix = calibration.common_prefix(sequences)
+        lengths = [len(ids) for ids in sequences]
+        self.batches = make_batches(lengths, settings.batch_tokens, self.prefix)
+        self.num_rows = self.batches[-1].end
         self.forward = LlamaForward(shape, max(len(ids) for ids in sequences), device)
         self.spec = Spec(FORMATS[settings.format], settings.group_size)
 
@@ -276,7 +278,7 @@ class _Run:
 
     def hidden_file(self, which: int, *, keep: bool) -> ActivationFile:
         path = self.workspace.folder / f"hidden-{which}.f32"
-        return ActivationFile(path, self.num_tokens, self.shape.hidden, keep=keep)
+        return ActivationFile(path, self.num_rows, self.shape.hidden, keep=keep)
 
     # The embedding.
 
@@ -302,7 +304,8 @@ class _Run:
         for batch in self.batches:
             chosen = self.sequences[sequence : sequence + len(batch.lengths)]
             sequence += len(batch.lengths)
-            file.write(batch, rows[[place[token] for ids in chosen for token in ids]])
+            ids = [*chosen[0][: self.prefix], *(t for ids in chosen for t in ids[self.prefix :])]
+            file.write(batch, rows[[place[token] for token in ids]])
         file.sync()
         file.close()
         self.workspace.save_piece("embedding", piece.entries, piece.stored, piece.report, hidden=0)
@@ -369,13 +372,13 @@ class _Run:
         hidden = self.hidden_file(which, keep=True)
         after = self.hidden_file(1 - which, keep=False)
         mixed_width = self.shape.num_heads * self.shape.head_dim
-        mixed = ActivationFile(self.workspace.folder / "mixed.f32", self.num_tokens, mixed_width)
+        mixed = ActivationFile(self.workspace.folder / "mixed.f32", self.num_rows, mixed_width)
         forward, device = self.forward, self.device
 
         step(0, "attention inputs")
         hessian = HessianSum(self.shape.hidden, device)
         for batch in self.batches:
-            hessian.add(forward.norm(hidden.read(batch, device), running[llama.INPUT_NORM]))
+            hessian.add(forward.norm(hidden.read(batch, device), running[llama.INPUT_NORM]), batch)
         settle(llama.ATTENTION_INPUTS, hessian)
 
         step(1, "attention output")
@@ -383,7 +386,7 @@ class _Run:
         for batch in self.batches:
             inputs = forward.norm(hidden.read(batch, device), running[llama.INPUT_NORM])
             out = forward.attention(inputs, running, batch.padded_index(device))
-            hessian.add(out)
+            hessian.add(out, batch)
             mixed.write(batch, out)
         settle((llama.ATTENTION_OUTPUT,), hessian)
 
@@ -393,13 +396,13 @@ class _Run:
             states = hidden.read(batch, device)
             states += forward.attention_output(mixed.read(batch, device), running)
             after.write(batch, states)
-            hessian.add(forward.norm(states, running[llama.MLP_NORM]))
+            hessian.add(forward.norm(states, running[llama.MLP_NORM]), batch)
         settle(llama.MLP_INPUTS, hessian)
 
         step(3, "MLP output")
         hessian = HessianSum(self.shape.intermediate, device)
         for batch in self.batches:
-            hessian.add(self._mlp_inner(after.read(batch, device), running))
+            hessian.add(self._mlp_inner(after.read(batch, device), running), batch)
         settle((llama.MLP_OUTPUT,), hessian)
 
         step(4, "running it compressed")

@@ -1,0 +1,111 @@
+"""deltazip compress BASE FINETUNED -o OUT"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from deltazip.cli.shared import (
+    INTERRUPTED,
+    console,
+    errors_as_messages,
+    existing_folder,
+    megabytes,
+    progress_bar,
+    set_threads,
+)
+
+# Embeddings are not sparse, so the smaller formats give them longer groups to meet their size.
+_EMBEDDING_GROUP_SIZE = {"int4": 64, "int2": 192, "ternary": 64}
+
+
+def command(
+    base: Annotated[Path, typer.Argument(help="The base model's folder.")],
+    finetuned: Annotated[Path, typer.Argument(help="The full fine-tune's folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for delta.safetensors.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="What the fine-tune is asked: a .jsonl of conversations, or plain text."),
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="int4, int2 or ternary.")] = "int4",
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    embedding_format: Annotated[str, typer.Option(help="int4, int8 or exact.")] = "int4",
+    embedding_group_size: Annotated[
+        int | None, typer.Option(help="The same, of embeddings. Default: by format.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences at most.")] = 256,
+    max_length: Annotated[int, typer.Option(help="Tokens of each at most.")] = 1024,
+    damping: Annotated[
+        float, typer.Option(help="Added to the Hessian's diagonal, a share.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Which calibration sequences are taken.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print sizes, stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT's delta.")] = False,
+) -> None:
+    """Compresses a full fine-tune to a delta of its base. Interrupted, it resumes when run again."""
+    with errors_as_messages():
+        from deltazip.compress.plan import Settings
+
+        existing_folder(base, "base")
+        existing_folder(finetuned, "fine-tune")
+        settings = Settings(
+            format=format_,
+            group_size=group_size,
+            embedding_format=embedding_format,
+            embedding_group_size=embedding_group_size or _EMBEDDING_GROUP_SIZE.get(format_, 64),
+            num_samples=samples,
+            max_length=max_length,
+            damping=damping,
+            seed=seed,
+        )
+        if dry_run:
+            _print_plan(base, finetuned, settings)
+            return
+        if calibration is None:
+            raise ValueError("--calibration FILE is needed: texts like those the fine-tune is for")
+        set_threads(threads)
+        try:
+            with progress_bar("compressing") as progress:
+                from deltazip.compress.pipeline import compress
+
+                result = compress(
+                    base, finetuned, out, calibration, settings,
+                    device=device, overwrite=overwrite, progress=progress,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            console.print(
+                f"interrupted; what is done waits in {out}.partial: run it again to go on"
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        console.print(
+            f"{result.path}: {megabytes(result.file_bytes)}, {result.ratio:.2f} times smaller than "
+            f"the fine-tune ({megabytes(result.finetuned_bytes)})\n"
+            f"mean output error {result.mean_error:.4%} of the delta's own, "
+            f"{result.seconds:.0f} s, peak memory {megabytes(result.peak_rss_bytes)}",
+            highlight=False,
+        )
+
+
+def _print_plan(base: Path, finetuned: Path, settings: object) -> None:
+    from deltazip.compress.checkpoint import Checkpoint
+    from deltazip.compress.plan import Settings, check_pair, estimate_file_bytes, plan_tensors
+
+    assert isinstance(settings, Settings)
+    checkpoint, tuned = Checkpoint(base), Checkpoint(finetuned)
+    planned = plan_tensors(checkpoint, check_pair(checkpoint, tuned), settings)
+    table = Table("type", "tensors", "weights", "size", title="if every tensor moved")
+    for type_ in sorted({p.type for p in planned}):
+        rows = [p for p in planned if p.type is type_]
+        weights = sum(checkpoint.tensors[p.name].num_bytes for p in rows)
+        size = sum(p.num_bytes for p in rows)
+        table.add_row(type_.value, str(len(rows)), megabytes(weights), megabytes(size))
+    total = estimate_file_bytes(planned)
+    table.add_section()
+    table.add_row("whole file", str(len(planned)), megabytes(tuned.files_bytes), megabytes(total))
+    console.print(table)
+    console.print(f"about {tuned.files_bytes / total:.2f} times smaller than the fine-tune")
