@@ -67,8 +67,8 @@ class Mailbox:
             chunk.logprobs += logprobs
         if prompt_logprobs := event.prompt_logprobs:
             chunk.prompt_logprobs += prompt_logprobs
-        if cached := event.num_cached_prompt_tokens:
-            chunk.num_cached_prompt_tokens = cached
+        cached = event.num_cached_prompt_tokens
+        chunk.num_cached_prompt_tokens = max(chunk.num_cached_prompt_tokens, cached)
         finish = event.finish.name
         if finish != "NONE":
             chunk.finish = finish.lower()

@@ -334,7 +334,7 @@ class LLM:
         if finish in ("ERROR", "CANCELLED"):
             raise RuntimeError(event.error or "the engine cancelled a request")
         output, completion = job.output, job.output.outputs[event.choice]
-        output.num_cached_tokens += event.num_cached_prompt_tokens
+        output.num_cached_tokens = max(output.num_cached_tokens, event.num_cached_prompt_tokens)
         if entries := event.prompt_logprobs:
             output.prompt_logprobs = [None if e is None else _logprob(e) for e in entries]
         if job.is_done[event.choice]:

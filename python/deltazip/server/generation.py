@@ -71,7 +71,7 @@ class Usage:
 
 
 class _Choice:
-    __slots__ = ("index", "is_done", "last_time", "request_id", "text")
+    __slots__ = ("index", "is_done", "last_time", "num_cached", "request_id", "text")
 
     def __init__(self, index: int, request_id: int, text: ChoiceText) -> None:
         self.index = index
@@ -79,6 +79,7 @@ class _Choice:
         self.text = text
         self.is_done = False
         self.last_time = 0.0
+        self.num_cached = 0
 
 
 class Generation:
@@ -183,7 +184,10 @@ class Generation:
         if chunk.finish == "cancelled":
             raise unavailable("the request was cancelled by the server", "cancelled")
         tokens, logprobs = chunk.tokens, chunk.logprobs
-        self.usage.cached_tokens += chunk.num_cached_prompt_tokens
+        cached = chunk.num_cached_prompt_tokens
+        if chunk.choice == 0 and not choice.num_cached and cached:  # told again with every event
+            choice.num_cached = cached
+            self.usage.cached_tokens += cached
         if tokens:
             self._measure(choice, len(tokens))
         if self._scores_only:

@@ -155,8 +155,9 @@ def command_for(run: Callable[[Settings], None]) -> Callable[..., None]:
     hints = get_type_hints(Settings)
     parameters = []
     for name, setting in Settings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
         option = typer.Option(
-            "--" + name.replace("_", "-") if hints[name] is not bool else None,
+            f"{flag}/--no-{flag[2:]}" if hints[name] is bool else flag,
             help=setting.description,
             envvar=f"DELTAZIP_{name.upper()}",
         )
