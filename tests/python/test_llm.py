@@ -137,7 +137,7 @@ def test_more_prompts_than_the_queue_holds(base: Path) -> None:
         (lambda llm: SamplingParams(top_p=0.0), ValueError, "top_p"),
         (lambda llm: SamplingParams(max_tokens=2, min_tokens=3), ValueError, "min_tokens"),
         (lambda llm: SamplingParams(stop=[""]), ValueError, "stop"),
-        (lambda llm: llm.add_variant("red", "/nowhere"), ValueError, ""),
+        (lambda llm: llm.add_variant("red", "/nowhere"), ValueError, "red"),
         (lambda llm: llm.add_variant("new", "/nowhere"), ValueError, "/nowhere"),
         (lambda llm: llm.remove_variant("nobody"), KeyError, "nobody"),
     ],

@@ -192,7 +192,7 @@ def test_load_use_unload(served: Live, tiny_base: Path, client: openai.OpenAI) -
     assert served.post("/v1/unload_variant", {"name": "green"}, headers=ADMIN).status_code == 404
 
     # Another delta under the same name: nothing of the old one is left.
-    tiny.write_delta(folder, tiny_base, seed=10, scale=0.1)
+    tiny.write_delta(folder, tiny_base, seed=10)
     body = {"name": "green", "path": str(folder)}
     assert served.post("/v1/load_variant", body, headers=ADMIN).status_code == 200
     assert greedy(client, "green", "the quick") != first

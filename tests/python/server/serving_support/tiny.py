@@ -95,8 +95,7 @@ def write_base(folder: Path, *, seed: int = 0, max_positions: int = 512) -> Path
         return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
 
     tensors = {
-        # Larger than usual, so that answers vary instead of repeating one token.
-        "model.embed_tokens.weight": matrix(vocab_size, hidden) * np.float32(4),
+        "model.embed_tokens.weight": matrix(vocab_size, hidden),
         "model.norm.weight": np.ones(hidden, np.float32),
     }
     for i in range(layers):
@@ -105,10 +104,11 @@ def write_base(folder: Path, *, seed: int = 0, max_positions: int = 512) -> Path
             f"{layer}.self_attn.q_proj.weight": matrix(heads * head_dim, hidden),
             f"{layer}.self_attn.k_proj.weight": matrix(kv_heads * head_dim, hidden),
             f"{layer}.self_attn.v_proj.weight": matrix(kv_heads * head_dim, hidden),
-            f"{layer}.self_attn.o_proj.weight": matrix(hidden, heads * head_dim),
+            # Larger than usual, so that answers vary instead of repeating one token.
+            f"{layer}.self_attn.o_proj.weight": 4 * matrix(hidden, heads * head_dim),
             f"{layer}.mlp.gate_proj.weight": matrix(inner, hidden),
             f"{layer}.mlp.up_proj.weight": matrix(inner, hidden),
-            f"{layer}.mlp.down_proj.weight": matrix(hidden, inner),
+            f"{layer}.mlp.down_proj.weight": 4 * matrix(hidden, inner),
             f"{layer}.input_layernorm.weight": np.ones(hidden, np.float32),
             f"{layer}.post_attention_layernorm.weight": np.ones(hidden, np.float32),
         }
@@ -152,7 +152,7 @@ def base_digest(tensors: dict[str, F32]) -> str:
     return sha.hexdigest()
 
 
-def write_delta(folder: Path, base: Path, *, seed: int = 1, scale: float = 0.02) -> Path:
+def write_delta(folder: Path, base: Path, *, seed: int = 1, scale: float = 0.1) -> Path:
     """A random delta: norms replaced, every matrix dense_int8 in groups of 32 columns."""
     rng = np.random.default_rng(seed)
     tensors = load_file(base / "model.safetensors")
