@@ -15,17 +15,14 @@ from deltazip.tokenizer import Tokenizer
 
 __all__ = ["ChatFormat", "CompletionFormat", "Format", "sse_error"]
 
-_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# ASCII only: clients that cut a stream into lines may also cut at U+0085 and U+2028.
+_dumps = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 # JSON has no infinity; this is what OpenAI sends for a token that cannot be.
 _LOWEST_LOGPROB = -9999.0
 
 
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _LOWEST_LOGPROB
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")
 
 
 class Format(Protocol):
@@ -63,14 +60,14 @@ class _Format:
             "model": model,
         }
         chunk_head = _dumps({**self._head, "object": chunk_kind})[:-1]
-        self._before = _utf8(f'data: {chunk_head},"choices":[')
+        self._before = f'data: {chunk_head},"choices":['.encode()
         self._after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def _chunk(self, choice: str) -> bytes:
-        return b"%b%b%b" % (self._before, _utf8(choice), self._after)
+        return b"%b%b%b" % (self._before, choice.encode(), self._after)
 
     def usage(self, usage: Usage) -> bytes:
-        return self._before + _utf8(f'],"usage":{_dumps(usage.as_json())}}}\n\n')
+        return self._before + f'],"usage":{_dumps(usage.as_json())}}}\n\n'.encode()
 
     def prompt_logprobs(
         self, entries: Sequence[_C.TokenLogprobs | None]

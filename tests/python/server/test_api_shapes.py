@@ -142,6 +142,18 @@ def test_stop_texts_end_the_answer_wherever_tokens_break(
     assert fake.num_running == 0
 
 
+def test_line_breaks_of_unicode_do_not_break_the_stream(
+    live: Live, fake: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh"
+    answer = tokenizer.encode(text)
+    fake.script = lambda prompt: answer
+    body = {"model": "tiny", "prompt": "x", "max_tokens": len(answer)}
+    # httpx cuts lines as str.splitlines() does, at each of these characters.
+    chunks = events(live, "/v1/completions", body)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+
+
 def test_include_stop_text(live: Live, fake: FakeEngine, tokenizer: Tokenizer) -> None:
     fake.script = lambda prompt: tokenizer.encode("go on; stop here and there")
     answer = complete(live, prompt="x", stop="stop", max_tokens=50, include_stop_str_in_output=True)
