@@ -81,8 +81,7 @@ DeltaTensor resolve(Claims& claims, const SafetensorsFile& file, const Manifest:
 
 // Where in the tensor `element` is, for a message.
 std::string place(const Shape& shape, std::size_t element) {
-  const std::string flat = "element " + std::to_string(element);
-  if (shape.rank() != 2) return flat;
+  if (shape.rank() != 2) return "element " + std::to_string(element);
   const auto columns = static_cast<std::size_t>(shape[1]);
   return "row " + std::to_string(element / columns) + ", column " +
          std::to_string(element % columns);

@@ -28,8 +28,8 @@ unsigned ternary_code_at(Bytes row, std::size_t group) {
 }
 
 // The four values of a 2:4 group, not yet scaled.
-std::array<int, 4> group_values(DeltaType type, Bytes values, Bytes indices, std::size_t group) {
-  std::array<int, 4> out{};
+std::array<float, 4> group_values(DeltaType type, Bytes values, Bytes indices, std::size_t group) {
+  std::array<float, 4> out{};
   if (type == DeltaType::kSparse24Ternary) {
     const TernaryState& state = ternary_states()[ternary_code_at(values, group)];
     out[state.index0] = state.value0;
@@ -38,12 +38,12 @@ std::array<int, 4> group_values(DeltaType type, Bytes values, Bytes indices, std
   }
   const unsigned places = nibble_at(indices, group);
   if (type == DeltaType::kSparse24Int4) {
-    out[places & 3u] = static_cast<int>(byte_at(values, group) & 15u) - 8;
-    out[places >> 2] = static_cast<int>(byte_at(values, group) >> 4) - 8;
+    out[places & 3u] = static_cast<float>(byte_at(values, group) & 15u) - 8;
+    out[places >> 2] = static_cast<float>(byte_at(values, group) >> 4) - 8;
   } else {
     const unsigned codes = nibble_at(values, group);
-    out[places & 3u] = 2 * static_cast<int>(codes & 3u) - 3;
-    out[places >> 2] = 2 * static_cast<int>(codes >> 2) - 3;
+    out[places & 3u] = 2 * static_cast<float>(codes & 3u) - 3;
+    out[places >> 2] = 2 * static_cast<float>(codes >> 2) - 3;
   }
   return out;
 }
@@ -67,15 +67,15 @@ void dequantize_row(const DeltaSource& source, std::int64_t row, std::span<float
   const Bytes scales = row_of(source.scales);
   const auto group_size = static_cast<std::size_t>(source.group_size);
   for (std::size_t column = 0; column < out.size(); ++column) {
-    int value = 0;
+    float value = 0;
     if (is_sparse24(source.type)) {
       value = group_values(source.type, values, indices, column / 4)[column % 4];
     } else if (source.type == DeltaType::kDenseInt4) {
-      value = static_cast<int>(nibble_at(values, column)) - 8;
+      value = static_cast<float>(nibble_at(values, column)) - 8;
     } else {
-      value = static_cast<int>(byte_at(values, column)) - 128;
+      value = static_cast<float>(byte_at(values, column)) - 128;
     }
-    out[column] = scale_at(scales, column / group_size) * static_cast<float>(value);
+    out[column] = scale_at(scales, column / group_size) * value;
   }
 }
 
