@@ -38,6 +38,7 @@ T cast_field(const std::string& owner, const char* field, pybind11::handle value
   if constexpr (std::is_integral_v<T> && !std::same_as<T, bool>) {
     fits = fits && PyIndex_Check(value.ptr()) != 0;  // a float is not rounded silently
   }
+  if constexpr (std::same_as<T, std::string>) fits = py::isinstance<py::str>(value);  // not bytes
   if (fits) {
     try {
       return value.cast<T>();

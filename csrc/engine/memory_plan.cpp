@@ -25,8 +25,9 @@ MemoryPlan plan_memory(const EngineConfig& config, const MemoryNeeds& needs) {
            mib(needs.scratch), "; raise memory_budget_bytes or lower max_batch_tokens");
 
   if (resolved.delta_budget_bytes == 0) {
-    resolved.delta_budget_bytes =
-        std::min(needs.typical_delta * resolved.num_delta_slots, left / 2);
+    const std::int64_t wanted =
+        std::max(needs.typical_delta * resolved.num_delta_slots, needs.largest_delta);
+    resolved.delta_budget_bytes = std::min(wanted, left / 2);
   }
   left -= resolved.delta_budget_bytes;
   DZ_CHECK(left > 0, "delta_budget_bytes is ", mib(resolved.delta_budget_bytes), ", but only ",

@@ -12,6 +12,7 @@ struct MemoryNeeds {
   std::int64_t free_memory = 0;  // before anything was loaded
   std::int64_t weights = 0, scratch = 0;
   std::int64_t typical_delta = 0;  // what a 4-bit variant takes in a slot
+  std::int64_t largest_delta = 0;  // and one with 8 bits for every weight
   std::int64_t kv_block = 0;       // one block, all layers
   std::int32_t model_max_len = 0;
   bool shares_host_memory = false;

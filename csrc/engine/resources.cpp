@@ -64,19 +64,23 @@ ModelConfig with_generation_config(ModelConfig config, const fs::path& folder) {
   return config;
 }
 
-// What a usual 4-bit variant of this base takes in a slot: an estimate for the budget only.
-std::int64_t typical_delta_bytes(const Backend& backend, const std::vector<BaseTensor>& tensors) {
-  constexpr std::int32_t kGroupSize = 64;
+// What a variant takes in a slot if its matrices have one type and its tables (embedding, lm_head)
+// another: an estimate for the budget only.
+std::int64_t delta_bytes(const Backend& backend, const std::vector<BaseTensor>& tensors,
+                         DeltaType matrix_type, DeltaType table_type) {
+  constexpr std::int32_t kGroupSize = 32;  // the finest a file may have
+  constexpr std::size_t kAlignment = 64;
   std::size_t num_bytes = 0;
   for (const BaseTensor& tensor : tensors) {
     if (tensor.shape.rank() != 2) {
       num_bytes += static_cast<std::size_t>(tensor.shape.num_elements()) * sizeof(float);
-      continue;
+    } else {
+      const bool is_table = tensor.name.find("embed_tokens") != std::string::npos ||
+                            tensor.name.find("lm_head") != std::string::npos;
+      num_bytes += backend.tiled_bytes(is_table ? table_type : matrix_type, tensor.shape[0],
+                                       tensor.shape[1], kGroupSize);
     }
-    const bool is_table = tensor.name.find("embed_tokens") != std::string::npos ||
-                          tensor.name.find("lm_head") != std::string::npos;
-    num_bytes += backend.tiled_bytes(is_table ? DeltaType::kDenseInt4 : DeltaType::kSparse24Int4,
-                                     tensor.shape[0], tensor.shape[1], kGroupSize);
+    num_bytes += kAlignment;
   }
   return static_cast<std::int64_t>(num_bytes);
 }
@@ -116,7 +120,10 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log) : config
   needs.free_memory = free_memory;
   needs.weights = static_cast<std::int64_t>(model->weight_bytes());
   needs.scratch = static_cast<std::int64_t>(model->scratch_bytes());
-  needs.typical_delta = typical_delta_bytes(*backend, tensors);
+  needs.typical_delta =
+      delta_bytes(*backend, tensors, DeltaType::kSparse24Int4, DeltaType::kDenseInt4);
+  needs.largest_delta =
+      delta_bytes(*backend, tensors, DeltaType::kDenseInt8, DeltaType::kDenseInt8);
   needs.kv_block = static_cast<std::int64_t>(
       KvCache::bytes_per_block(model_config, *kv_dtype, config.block_size));
   needs.model_max_len = static_cast<std::int32_t>(

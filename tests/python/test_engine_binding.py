@@ -148,7 +148,7 @@ def test_errors_are_pythons_own_kinds(engine: _C.Engine) -> None:
         engine.submit(1, "", [1], _C.SamplingParams(temperature=math.nan))
     with pytest.raises(TypeError):
         engine.submit(1, "", [2**40], sampling)
-    with pytest.raises(_C.InvalidArgument, match="base"):
+    with pytest.raises(_C.InvalidArgument, match="/nowhere"):
         _C.Engine(_C.EngineConfig(base="/nowhere"))
 
 

@@ -21,8 +21,8 @@ struct EngineConfig {
   std::string kv_dtype = "auto";         // auto: float32 on the CPU, the model's on a GPU
   std::int64_t kv_cache_bytes = 0;       // 0: what is left of the budget; see memory_plan.h
   std::int64_t memory_budget_bytes = 0;  // weights + scratch + slots + KV; 0: 80 % of free memory
-  std::int64_t delta_budget_bytes = 0;  // slots; 0: room for num_delta_slots of the largest variant
-  std::int64_t host_budget_bytes = 0;   // tiled deltas kept in host memory; 0: no bound
+  std::int64_t delta_budget_bytes = 0;   // slots; 0: room for num_delta_slots 4-bit variants
+  std::int64_t host_budget_bytes = 0;    // tiled deltas kept in host memory; 0: no bound
   std::int32_t num_delta_slots = 8;
   std::int32_t block_size = 16;
   std::int32_t max_batch_tokens = 512;

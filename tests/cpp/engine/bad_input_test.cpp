@@ -52,7 +52,7 @@ TEST(BadInput, ConfigsAreRefusedWithTheRange) {
   EXPECT_EQ(error([](EngineConfig&) {}), "");
   const std::vector<std::pair<const char*, std::function<void(EngineConfig&)>>> cases = {
       {"base must name", [](auto& c) { c.base = ""; }},
-      {"base", [](auto& c) { c.base = "/nowhere/at/all"; }},
+      {"/nowhere/at/all", [](auto& c) { c.base = "/nowhere/at/all"; }},
       {"a variant's name", [](auto& c) { c.base_name = "a/b"; }},
       {"device", [](auto& c) { c.device = "abacus"; }},
       {"num_threads", [](auto& c) { c.num_threads = -1; }},
@@ -64,7 +64,7 @@ TEST(BadInput, ConfigsAreRefusedWithTheRange) {
       {"max_waiting", [](auto& c) { c.max_waiting = 0; }},
       {"positions end at 128", [](auto& c) { c.max_model_len = 129; }},
       {"memory budget", [](auto& c) { c.memory_budget_bytes = 1; }},
-      {"holds 4 tokens", [](auto& c) { c.kv_cache_bytes = 5000, c.max_model_len = 100; }},
+      {"holds 16 tokens", [](auto& c) { c.kv_cache_bytes = 5000, c.max_model_len = 100; }},
   };
   for (const auto& [message, change] : cases) {
     const std::string got = error(change);

@@ -40,6 +40,14 @@ TEST(MemoryPlan, SharesAllOfTheBudget) {
   EXPECT_EQ(sum(plan), plan.config.memory_budget_bytes);
 }
 
+TEST(MemoryPlan, FewSlotsStillHoldOneOfTheLargest) {
+  MemoryNeeds large = needs();
+  large.largest_delta = 120 * kMiB;
+  EngineConfig config;
+  config.num_delta_slots = 1;
+  EXPECT_EQ(plan_memory(config, large).config.delta_budget_bytes, 120 * kMiB);
+}
+
 TEST(MemoryPlan, AHostsMemoryIsNotHoarded) {
   MemoryNeeds shared = needs();
   shared.shares_host_memory = true;
