@@ -37,24 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-WORDS = ["the", "sum", "of", "two", "numbers", "is", "a", "short", "word", "for", "what", "one", "model"]
-    "the",
-    "sum",
-    "of",
-    "two",
-    "numbers",
-    "is",
-    "a",
-    "short",
-    "word",
-    "for",
-    "what",
-    "one",
-    "model",
-    "says",
-    "to",
-    "another",
-]
+WORDS = ("the sum of two numbers is a short", "word for", "what one model says", "to another")
 READY = "deltazip is ready at "
 
 
