@@ -1,6 +1,7 @@
 #include "backend/cpu/sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -50,58 +51,84 @@ void change_logits(const SamplingRow& row, SamplerScratch& scratch) {
   }
 }
 
-// The tokens that min-p, top-k and top-p leave, most likely first.
+double mass_of(const SamplerScratch& scratch) {
+  double mass = 0.0;
+  for (const std::int32_t token : scratch.candidates) {
+    mass += static_cast<double>(scratch.weights[at(token)]);
+  }
+  return mass;
+}
+
+// Weights in (0, 1] by exponent and four bits of mantissa, the largest in bucket 0.
+constexpr std::uint32_t kNumBuckets = 1024;
+std::uint32_t bucket_of(float weight) {
+  constexpr std::uint32_t kOne = std::bit_cast<std::uint32_t>(1.0F) >> 19;
+  return std::min(kOne - (std::bit_cast<std::uint32_t>(weight) >> 19), kNumBuckets - 1);
+}
+
+// The fewest candidates whose mass reaches `bound`, most likely first. Only the bucket in which
+// the bound falls is sorted: a flat row has tens of thousands of candidates.
+void keep_mass(double bound, SamplerScratch& scratch) {
+  const std::vector<float>& weights = scratch.weights;
+  std::vector<std::int32_t>& candidates = scratch.candidates;
+  scratch.bucket_mass.assign(kNumBuckets, 0.0);
+  for (const std::int32_t token : candidates) {
+    scratch.bucket_mass[bucket_of(weights[at(token)])] += static_cast<double>(weights[at(token)]);
+  }
+  double mass = 0.0;
+  std::uint32_t crossing = 0;
+  while (crossing + 1 < kNumBuckets && mass + scratch.bucket_mass[crossing] < bound) {
+    mass += scratch.bucket_mass[crossing++];
+  }
+  const auto middle = std::stable_partition(
+      candidates.begin(), candidates.end(),
+      [&](std::int32_t token) { return bucket_of(weights[at(token)]) < crossing; });
+  const auto end = std::stable_partition(middle, candidates.end(), [&](std::int32_t token) {
+    return bucket_of(weights[at(token)]) == crossing;
+  });
+  std::sort(middle, end, [&](std::int32_t a, std::int32_t b) {
+    return weights[at(a)] != weights[at(b)] ? weights[at(a)] > weights[at(b)] : a < b;
+  });
+  auto kept = middle;
+  while (kept != end && (kept == candidates.begin() || mass < bound)) {
+    mass += static_cast<double>(weights[at(*kept++)]);
+  }
+  candidates.erase(kept, candidates.end());
+}
+
+// The tokens that min-p, top-k and top-p leave, in that order of filters.
 void keep_candidates(const Kernels& kernels, const SamplingRow& row, double total,
                      SamplerScratch& scratch) {
   const std::vector<float>& weights = scratch.weights;
   std::vector<std::int32_t>& candidates = scratch.candidates;
   const auto vocab_size = static_cast<std::int64_t>(weights.size());
   const bool has_top_k = row.top_k > 0 && row.top_k < vocab_size;
+  const bool is_whole = !has_top_k && row.min_p <= 0.0F;
   // Weights are relative to the largest, so min-p is a bound as it stands.
   const float lowest = row.min_p > 0.0F ? std::nextafter(row.min_p, 0.0F) : 0.0F;
 
-  // Only as many as are needed are gathered, so that a peaked row sorts a few hundred, not all.
-  candidates.resize(weights.size());
-  std::int64_t count = 0;
+  // No more than needed are gathered: a peaked row has a few hundred of any weight.
   for (const float bound : {1e-2F, 1e-4F, 1e-6F, 0.0F}) {
-    count = kernels.collect_greater(candidates.data(), weights.data(), vocab_size,
-                                    std::max(bound, lowest));
+    candidates.resize(weights.size());
+    const std::int64_t count = kernels.collect_greater(candidates.data(), weights.data(),
+                                                       vocab_size, std::max(bound, lowest));
+    candidates.resize(static_cast<std::size_t>(count));
     if (bound <= lowest) break;
-    if (has_top_k) {
-      if (count >= row.top_k) break;
-    } else if (row.top_p < 1.0F && row.min_p <= 0.0F) {
-      double mass = 0.0;
-      for (std::int64_t i = 0; i < count; ++i) {
-        mass += static_cast<double>(weights[at(candidates[static_cast<std::size_t>(i)])]);
-      }
-      if (mass >= static_cast<double>(row.top_p) * total) break;
-    }
+    if (has_top_k && count >= row.top_k) break;
+    if (is_whole && mass_of(scratch) >= static_cast<double>(row.top_p) * total) break;
   }
-  candidates.resize(static_cast<std::size_t>(count));
-  const auto is_likelier = [&](std::int32_t a, std::int32_t b) {
-    return weights[at(a)] != weights[at(b)] ? weights[at(a)] > weights[at(b)] : a < b;
-  };
-  if (has_top_k && row.top_k < count) {
+  if (has_top_k && at(row.top_k) < candidates.size()) {
     std::nth_element(candidates.begin(), candidates.begin() + row.top_k, candidates.end(),
-                     is_likelier);
+                     [&](std::int32_t a, std::int32_t b) {
+                       return weights[at(a)] != weights[at(b)] ? weights[at(a)] > weights[at(b)]
+                                                               : a < b;
+                     });
     candidates.resize(at(row.top_k));
+    std::sort(candidates.begin(), candidates.end());  // nth_element promises no order
   }
-  std::sort(candidates.begin(), candidates.end(), is_likelier);
   if (row.top_p < 1.0F) {
-    double kept_total = total;
-    if (has_top_k || row.min_p > 0.0F) {
-      kept_total = 0.0;
-      for (const std::int32_t token : candidates) {
-        kept_total += static_cast<double>(weights[at(token)]);
-      }
-    }
-    const double bound = static_cast<double>(row.top_p) * kept_total;
-    double mass = 0.0;
-    std::size_t kept = 0;
-    while (kept < candidates.size() && (kept == 0 || mass < bound)) {
-      mass += static_cast<double>(weights[at(candidates[kept++])]);
-    }
-    candidates.resize(kept);
+    const double kept_total = is_whole ? total : mass_of(scratch);
+    keep_mass(static_cast<double>(row.top_p) * kept_total, scratch);
   }
 }
 
@@ -127,10 +154,7 @@ std::int32_t draw(const Kernels& kernels, const SamplingRow& row, float max,
     return last;  // rounding left the end of the interval uncovered
   }
   keep_candidates(kernels, row, total, scratch);
-  double kept_total = 0.0;
-  for (const std::int32_t token : scratch.candidates) {
-    kept_total += static_cast<double>(weights[at(token)]);
-  }
+  const double kept_total = mass_of(scratch);
   double mass = 0.0;
   for (const std::int32_t token : scratch.candidates) {
     mass += static_cast<double>(weights[at(token)]);
@@ -142,7 +166,8 @@ std::int32_t draw(const Kernels& kernels, const SamplingRow& row, float max,
 void score(const Kernels& kernels, const float* logits, std::int64_t vocab_size,
            const SamplingRow& row, const LogitSummary& summary, SamplerScratch& scratch,
            SampledToken& out) {
-  const double log_sum = static_cast<double>(summary.max) + std::log(summary.sum_exp);
+  const double sum = kernels.exp_scaled(nullptr, logits, vocab_size, summary.max, 1.0F);
+  const double log_sum = static_cast<double>(summary.max) + std::log(sum);
   const auto logprob = [&](std::int32_t token) {
     return static_cast<float>(static_cast<double>(logits[token]) - log_sum);
   };

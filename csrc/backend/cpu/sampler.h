@@ -12,6 +12,7 @@ struct SamplerScratch {
   std::vector<float> logits, weights;
   std::vector<std::int32_t> candidates;
   std::vector<std::uint32_t> counts;
+  std::vector<double> bucket_mass;
 };
 
 // Uniform in [0, 1), a function of (seed, position) alone: Philox4x32-10

@@ -142,39 +142,90 @@ void attend(QueryState* queries, const Tile& tile, std::int64_t base, std::int64
   }
 }
 
-// Keys to [head_dim][64] and, where they cannot be used in place, values to padded rows.
+// Four floats from each of sixteen rows become four vectors of sixteen rows.
+DZ_INLINE void transpose_four(const float* const* rows, std::int64_t d, float* out) {
+#if defined(DZ_ISA_AVX512)
+  __m512 r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + d));
+    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 4] + d), 1);
+    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 8] + d), 2);
+    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(rows[i + 12] + d), 3);
+  }
+  const __m512 low01 = _mm512_unpacklo_ps(r[0], r[1]), high01 = _mm512_unpackhi_ps(r[0], r[1]);
+  const __m512 low23 = _mm512_unpacklo_ps(r[2], r[3]), high23 = _mm512_unpackhi_ps(r[2], r[3]);
+  _mm512_storeu_ps(out, _mm512_shuffle_ps(low01, low23, 0x44));
+  _mm512_storeu_ps(out + kTileKeys, _mm512_shuffle_ps(low01, low23, 0xEE));
+  _mm512_storeu_ps(out + 2 * kTileKeys, _mm512_shuffle_ps(high01, high23, 0x44));
+  _mm512_storeu_ps(out + 3 * kTileKeys, _mm512_shuffle_ps(high01, high23, 0xEE));
+#elif defined(DZ_ISA_AVX2)
+  for (int half = 0; half < kLanes; half += 8) {
+    __m256 r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[half + i] + d)),
+                                  _mm_loadu_ps(rows[half + i + 4] + d), 1);
+    }
+    const __m256 low01 = _mm256_unpacklo_ps(r[0], r[1]), high01 = _mm256_unpackhi_ps(r[0], r[1]);
+    const __m256 low23 = _mm256_unpacklo_ps(r[2], r[3]), high23 = _mm256_unpackhi_ps(r[2], r[3]);
+    _mm256_storeu_ps(out + half, _mm256_shuffle_ps(low01, low23, 0x44));
+    _mm256_storeu_ps(out + half + kTileKeys, _mm256_shuffle_ps(low01, low23, 0xEE));
+    _mm256_storeu_ps(out + half + 2 * kTileKeys, _mm256_shuffle_ps(high01, high23, 0x44));
+    _mm256_storeu_ps(out + half + 3 * kTileKeys, _mm256_shuffle_ps(high01, high23, 0xEE));
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < 4; ++j) out[j * kTileKeys + i] = rows[i][d + j];
+  }
+#endif
+}
+
+// A cached row as floats: where it lies if it can be read there, else widened into `row`.
+template <DType kType>
+DZ_INLINE const float* widen_row(const void* cache, std::int64_t element, std::int64_t head_dim,
+                                 float* row) {
+  const char* from = static_cast<const char*>(cache) + element * kBytes<kType>;
+  if (kType == DType::kFloat32 && head_dim % kLanes == 0) {
+    return reinterpret_cast<const float*>(from);
+  }
+  std::int64_t d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    store(row + d, load_as<kType>(from + d * kBytes<kType>));
+  }
+  if (d < head_dim) {
+    char raw[kLanes * kBytes<kType>] = {};
+    std::memcpy(raw, from + d * kBytes<kType>,
+                static_cast<std::size_t>((head_dim - d) * kBytes<kType>));
+    store(row + d, load_as<kType>(raw));
+  }
+  return row;
+}
+
+// Keys transposed to [padded head_dim][64], values as rows. Keys past the last are zeros: they are
+// never weighed, but must not be NaN.
 template <DType kType>
 void load_tile(const AttentionItem& item, std::int64_t base, std::int64_t num_keys, float* keys,
-               float* values, Tile& tile) {
+               float* rows, Tile& tile) {
   const KvLayer& cache = item.params->cache;
   const std::int64_t head_dim = cache.head_dim, padded_dim = align_up(head_dim, kLanes);
-  const bool in_place = kType == DType::kFloat32 && head_dim == padded_dim;
+  float* zeros = rows + 2 * kTileKeys * padded_dim;
+  std::memset(zeros, 0, sizeof(float) * static_cast<std::size_t>(padded_dim));
+  const float* key_rows[kTileKeys];
   for (std::int64_t j = 0; j < kTileKeys; ++j) {
-    if (j >= num_keys) {  // never weighed, but must not be NaN times zero
-      for (std::int64_t d = 0; d < head_dim; ++d) keys[d * kTileKeys + j] = 0.0F;
-      tile.values[j] = nullptr;
-      continue;
-    }
+    key_rows[j] = tile.values[j] = zeros;
+    if (j >= num_keys) continue;
     const std::int64_t block = item.sequence->blocks[(base + j) / cache.block_size];
     const std::int64_t offset = (base + j) % cache.block_size;
     const std::int64_t element =
         ((block * cache.num_kv_heads + item.kv_head) * cache.block_size + offset) * head_dim;
-    const char* k = static_cast<const char*>(cache.keys) + element * kBytes<kType>;
-    const char* v = static_cast<const char*>(cache.values) + element * kBytes<kType>;
-    float* row = values + j * padded_dim;
-    tile.values[j] = in_place ? reinterpret_cast<const float*>(v) : row;
-    for (std::int64_t d = 0; d < head_dim; d += kLanes) {
-      float lanes[kLanes];
-      const std::int64_t n = head_dim - d < kLanes ? head_dim - d : kLanes;
-      const auto load_some = [&](const char* p) __attribute__((always_inline)) {
-        if (n == kLanes) return load_as<kType>(p + d * kBytes<kType>);
-        char raw[kLanes * kBytes<kType>] = {};
-        std::memcpy(raw, p + d * kBytes<kType>, static_cast<std::size_t>(n * kBytes<kType>));
-        return load_as<kType>(raw);
-      };
-      store(lanes, load_some(k));
-      for (std::int64_t i = 0; i < n; ++i) keys[(d + i) * kTileKeys + j] = lanes[i];
-      if (!in_place) store(row + d, load_some(v));
+    float* row = rows + 2 * j * padded_dim;
+    key_rows[j] = widen_row<kType>(cache.keys, element, head_dim, row);
+    tile.values[j] = widen_row<kType>(cache.values, element, head_dim, row + padded_dim);
+  }
+  for (std::int64_t j = 0; j < kTileKeys; j += kLanes) {
+    for (std::int64_t d = 0; d < padded_dim; d += 4) {
+      transpose_four(key_rows + j, d, keys + d * kTileKeys + j);
     }
   }
 }
@@ -193,8 +244,8 @@ void attention_of(const AttentionItem& item, float* scratch) {
   const int num_queries = static_cast<int>(item.num_rows * group);
 
   float* keys = scratch;
-  float* values = keys + head_dim * kTileKeys;
-  float* state = values + padded_dim * kTileKeys;
+  float* rows = keys + padded_dim * kTileKeys;
+  float* state = rows + (2 * kTileKeys + 1) * padded_dim;
   auto* queries = reinterpret_cast<QueryState*>(state);
   state += align_up(num_queries * static_cast<std::int64_t>(sizeof(QueryState)), 64) / 4;
   for (int i = 0; i < num_queries; ++i) {
@@ -221,11 +272,17 @@ void attention_of(const AttentionItem& item, float* scratch) {
     Tile tile;
     tile.keys = keys;
     load_tile<kType>(item, base, max_keys - base < kTileKeys ? max_keys - base : kTileKeys, keys,
-                     values, tile);
+                     rows, tile);
     int i = 0;
     while (i < num_queries && queries[i].num_keys <= base) ++i;
     for (; i + kQueries <= num_queries; i += kQueries) {
       attend<kQueries>(queries + i, tile, base, head_dim, padded_dim);
+    }
+    if constexpr (kQueries > 2) {
+      if (num_queries - i == 3) {
+        attend<3>(queries + i, tile, base, head_dim, padded_dim);
+        i += 3;
+      }
     }
     for (; i < num_queries; ++i) attend<1>(queries + i, tile, base, head_dim, padded_dim);
   }
@@ -263,7 +320,7 @@ std::int64_t attention_scratch_floats(const PagedAttentionParams& params) {
   const std::int64_t padded_dim = align_up(params.cache.head_dim, kLanes);
   const std::int64_t num_queries = kAttentionMaxRows * group_heads(params);
   const std::int64_t state_floats = 2 * padded_dim + kLanes + kTileKeys;
-  return 2 * padded_dim * kTileKeys + num_queries * (state_floats + 16) + 32;
+  return (3 * kTileKeys + 1) * padded_dim + num_queries * (state_floats + 16) + 32;
 }
 
 }  // namespace deltazip::cpu::DZ_ISA

@@ -33,10 +33,8 @@ struct AttentionItem {
   std::int32_t first_row, num_rows;  // relative to the sequence
 };
 
-// What the sampler needs of a whole row of logits.
 struct LogitSummary {
   float max;
-  double sum_exp;  // of exp(logit - max)
   bool is_finite;  // no NaN, no +inf, and not all -inf
 };
 
@@ -59,7 +57,7 @@ struct Kernels {
   // Lowest index of the largest value.
   std::int64_t (*argmax)(const float* values, std::int64_t size);
   std::int64_t (*count_greater)(const float* values, std::int64_t size, float bound);
-  // out[i] = exp((values[i] - max) * inverse_temperature); returns their sum.
+  // out[i] = exp((values[i] - max) * inverse_temperature), if out is given; returns their sum.
   double (*exp_scaled)(float* out, const float* values, std::int64_t size, float max,
                        float inverse_temperature);
   // Indices of values greater than bound, ascending; returns how many.

@@ -27,17 +27,8 @@ LogitSummary summarise_logits(const float* logits, std::int64_t size) {
     finite &= mask_less_equal(v, largest);
     top = max(v, top);
   }
-  LogitSummary summary{reduce_max(top), 0.0, finite == 0xFFFFu};
-  if (!(summary.max >= bits_to_float(0xFF7FFFFFu))) summary.is_finite = false;
-  if (!summary.is_finite) return summary;
-  const F32 offset = set1(summary.max);
-  for (std::int64_t i = 0; i < size;) {  // short float sums, a double total
-    const std::int64_t end = i + 1024 < size ? i + 1024 : size;
-    F32 sum = zero();
-    for (; i < end; i += kLanes) sum = add(sum, exp(sub(load_padded(logits, i, size), offset)));
-    summary.sum_exp += static_cast<double>(reduce_add(sum));
-  }
-  return summary;
+  const float max_value = reduce_max(top);
+  return {max_value, finite == 0xFFFFu && max_value >= bits_to_float(0xFF7FFFFFu)};
 }
 
 std::int64_t argmax(const float* values, std::int64_t size) {
@@ -64,12 +55,13 @@ double exp_scaled(float* out, const float* values, std::int64_t size, float max_
                   float inverse_temperature) {
   const F32 offset = set1(max_value), factor = set1(inverse_temperature);
   double total = 0.0;
-  for (std::int64_t i = 0; i < size;) {
+  for (std::int64_t i = 0; i < size;) {  // short float sums, a double total
     const std::int64_t end = i + 1024 < size ? i + 1024 : size;
     F32 sum = zero();
     for (; i < end; i += kLanes) {
       const F32 weight = exp(mul(sub(load_padded(values, i, size), offset), factor));
       sum = add(sum, weight);
+      if (out == nullptr) continue;
       if (i + kLanes <= size) {
         store(out + i, weight);
       } else {
