@@ -11,7 +11,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-# The bars shown are our own; set before transformers is imported, which reads it then.
+# Read when torch and transformers are imported. The bars shown are our own; OpenMP threads that
+# spin while idle would slow down a machine that does other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
