@@ -51,11 +51,6 @@ if(DELTAZIP_TESTS)
   deltazip_require(GTest "apt install libgtest-dev (dnf install gtest-devel)")
 endif()
 
-if(DELTAZIP_BENCHMARKS)
-  find_package(benchmark QUIET)
-  deltazip_require(benchmark "apt install libbenchmark-dev (dnf install google-benchmark-devel)")
-endif()
-
 if(DELTAZIP_PYTHON)
   execute_process(
     COMMAND ${DELTAZIP_INTERPRETER} -m pybind11 --cmakedir
