@@ -43,10 +43,14 @@ def run(
     deltas: dict[str, Path],
     cases: Sequence[Case],
     *,
-    together: bool,
+    arrivals_s: float | None,
     **settings: object,
 ) -> Outcome:
-    """Greedy answers, all at random moments or one after another; the ledgers must hold after."""
+    """Greedy answers; the ledgers must hold after.
+
+    Args:
+        arrivals_s: the longest time between two requests; None: one after another.
+    """
     engine = _C.Engine(_C.EngineConfig(base=str(base), num_threads=2, **settings))
     for name, path in deltas.items():
         engine.add_variant(name, str(path))
@@ -68,10 +72,10 @@ def run(
         sampling = _C.SamplingParams(temperature=0.0, max_tokens=case.max_tokens, ignore_eos=True)
         engine.submit(i, case.variant, case.prompt, sampling, priority=rng.randrange(2))
         left += 1
-        if together:
-            time.sleep(rng.random() * 0.02)
-        else:
+        if arrivals_s is None:
             drain(0)
+        else:
+            time.sleep(rng.random() * arrivals_s)
     drain(0)
     engine.check()
     outcome.stats = engine.stats()
@@ -87,12 +91,17 @@ def make_cases(rng: random.Random, vocab_size: int, longest: int) -> list[Case]:
     for i in range(NUM_REQUESTS):
         tail = [rng.randrange(3, vocab_size) for _ in range(rng.randint(1, longest // 2))]
         head = shared[: rng.randint(longest // 2, longest)] if i % 2 else []
-        cases.append(Case(("", "math", "define")[i % 3], head + tail, rng.randint(8, 40)))
+        cases.append(Case(("", "math", "define")[i % 3], head + tail, rng.randint(20, 60)))
     return cases
 
 
 def check_mixed_equals_alone(
-    base: Path, deltas: dict[str, Path], cases: list[Case], kv_bytes_per_token: int
+    base: Path,
+    deltas: dict[str, Path],
+    cases: list[Case],
+    *,
+    kv_bytes_per_token: int,
+    arrivals_s: float,
 ) -> None:
     longest = max(len(case.prompt) + case.max_tokens for case in cases)
     longest = -(-longest // 16) * 16
@@ -100,7 +109,7 @@ def check_mixed_equals_alone(
         base,
         deltas,
         cases,
-        together=False,
+        arrivals_s=None,
         prefix_caching=False,
         kv_cache_bytes=4 * longest * kv_bytes_per_token,
         max_model_len=longest,
@@ -109,11 +118,12 @@ def check_mixed_equals_alone(
         base,
         deltas,
         cases,
-        together=True,
+        arrivals_s=arrivals_s,
         # Two longest sequences: twenty-four cannot all stay.
         kv_cache_bytes=2 * longest * kv_bytes_per_token,
         max_model_len=longest,
         max_batch_tokens=48,
+        block_size=8,
         num_delta_slots=2,
     )
     assert mixed.stats is not None
@@ -134,8 +144,10 @@ def test_tiny_models(tmp_path: Path) -> None:
     }
     kv_bytes_per_token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head_dim, float32
     for seed in range(3):
-        cases = make_cases(random.Random(seed), 300, 64)
-        check_mixed_equals_alone(base, deltas, cases, kv_bytes_per_token)
+        cases = make_cases(random.Random(seed), 300, 32)
+        check_mixed_equals_alone(
+            base, deltas, cases, kv_bytes_per_token=kv_bytes_per_token, arrivals_s=0.0005
+        )
 
 
 def round_to_nearest(difference: np.ndarray[Any, Any], type_: Any, group_size: int) -> Any:
@@ -197,14 +209,46 @@ def write_real_delta(folder: Path, base: Path, fine_tune: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_real_models(test_models: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def real_deltas(test_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pytest.importorskip("torch")
-    base = test_models / "base"
-    deltas = {
-        name: write_real_delta(tmp_path / name, base, test_models / name)
+    folder = tmp_path_factory.mktemp("deltas")
+    return {
+        name: write_real_delta(folder / name, test_models / "base", test_models / name)
         for name in ("math", "define")
     }
-    cases = make_cases(random.Random(7), 40_000, 96)
+
+
+@pytest.mark.slow
+def test_real_models(test_models: Path, real_deltas: dict[str, Path]) -> None:
+    cases = make_cases(random.Random(7), 40_000, 48)
     kv_bytes_per_token = 30 * 2 * 3 * 64 * 4
-    check_mixed_equals_alone(base, deltas, cases, kv_bytes_per_token)
+    check_mixed_equals_alone(
+        test_models / "base",
+        real_deltas,
+        cases,
+        kv_bytes_per_token=kv_bytes_per_token,
+        arrivals_s=0.05,
+    )
+
+
+@pytest.mark.slow
+def test_a_load_does_not_stop_who_runs(test_models: Path, real_deltas: dict[str, Path]) -> None:
+    config = _C.EngineConfig(
+        base=str(test_models / "base"), kv_cache_bytes=1 << 28, max_model_len=1024
+    )
+    engine = _C.Engine(config)
+    engine.add_variant("math", str(real_deltas["math"]))
+    endless = _C.SamplingParams(temperature=0.0, max_tokens=1000, ignore_eos=True)
+    engine.submit(1, "", [5, 6, 7], endless)
+    give_up = time.monotonic() + PATIENCE_S
+    while not engine.poll(timeout_ms=20):
+        assert time.monotonic() < give_up
+    engine.submit(2, "math", [5, 6, 7], endless)
+    tokens_while_loading = 0
+    while (state := engine.variants()[1].state) != "resident":
+        assert time.monotonic() < give_up
+        for event in engine.poll(timeout_ms=20):
+            tokens_while_loading += len(event.tokens) if state == "loading" else 0
+    assert tokens_while_loading >= 2
+    engine.shutdown()

@@ -170,7 +170,7 @@ TEST_F(VariantsTest, ComeAndGoUnderLoad) {
   EXPECT_EQ(stats.num_free_blocks, stats.num_blocks);
 }
 
-TEST_F(VariantsTest, LoadsDoNotStopWhoRuns) {
+TEST_F(VariantsTest, WarmAndColdRequestsShareOneSlot) {
   EngineConfig config = house.config();
   config.num_delta_slots = 1;
   Engine engine(config, test::silent);
