@@ -15,13 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from deltazip.tokenizer import read_json
 from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from deltazip.tokenizer import read_json
 
 __all__ = ["ChatTemplate", "ChatTemplateError", "find_chat_template"]
 
