@@ -58,8 +58,8 @@ struct BackendOptions {
 };
 
 // One device: memory, streams, events, the packing of weights, and its Ops.
-// One per engine; used by the engine's thread, except pack_* and tile_delta, which any thread may
-// call. Memory is 64-byte aligned.
+// One per engine; used by the engine's thread, except that any thread may call pack_*, tile_delta,
+// allocate*, and copies and events on a stream of its own. Memory is 64-byte aligned.
 class Backend {
  public:
   virtual ~Backend() = default;
