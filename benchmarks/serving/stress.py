@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-WORDS = ("the sum of two numbers is a short", "word for", "what one model says", "to another")
+TEXT = "the sum of two numbers is a short word for what one model says to another"
 READY = "deltazip is ready at "
 
 
@@ -77,7 +77,7 @@ def make_plans(args: argparse.Namespace, models: list[str]) -> list[Plan]:
     plans = []
     for i in range(args.requests):
         is_dropped = i % 3 == 2
-        start = " ".join(rng.choices(WORDS, k=rng.randrange(2, args.prompt_words)))
+        start = " ".join(rng.choices(TEXT.split(), k=rng.randrange(2, args.prompt_words)))
         plans.append(
             Plan(
                 model=rng.choice(models),
