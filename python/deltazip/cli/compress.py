@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from deltazip.cli.shared import (
@@ -15,7 +16,6 @@ from deltazip.cli.shared import (
     existing_folder,
     megabytes,
     progress_bar,
-    set_threads,
 )
 
 # Embeddings are not sparse, so the smaller formats give them longer groups to meet their size.
@@ -47,8 +47,9 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print sizes, stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT's delta.")] = False,
 ) -> None:
-    """Compresses a full fine-tune to a delta of its base. Interrupted, it resumes when run again."""
+    """Compresses a full fine-tune to a delta of its base. An interrupted run resumes."""
     with errors_as_messages():
+        from deltazip.compress import set_num_threads
         from deltazip.compress.plan import Settings
 
         existing_folder(base, "base")
@@ -68,7 +69,7 @@ def command(
             return
         if calibration is None:
             raise ValueError("--calibration FILE is needed: texts like those the fine-tune is for")
-        set_threads(threads)
+        set_num_threads(threads)
         try:
             with progress_bar("compressing") as progress:
                 from deltazip.compress.pipeline import compress
@@ -82,7 +83,7 @@ def command(
                 f"interrupted; what is done waits in {out}.partial: run it again to go on"
             )
             raise typer.Exit(INTERRUPTED) from None
-        console.print(
+        Console().print(
             f"{result.path}: {megabytes(result.file_bytes)}, {result.ratio:.2f} times smaller than "
             f"the fine-tune ({megabytes(result.finetuned_bytes)})\n"
             f"mean output error {result.mean_error:.4%} of the delta's own, "
@@ -107,5 +108,6 @@ def _print_plan(base: Path, finetuned: Path, settings: object) -> None:
     total = estimate_file_bytes(planned)
     table.add_section()
     table.add_row("whole file", str(len(planned)), megabytes(tuned.files_bytes), megabytes(total))
-    console.print(table)
-    console.print(f"about {tuned.files_bytes / total:.2f} times smaller than the fine-tune")
+    out = Console()
+    out.print(table)
+    out.print(f"about {tuned.files_bytes / total:.2f} times smaller than the fine-tune")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deltazip.cli.shared import errors_as_messages, existing_folder, progress_bar, set_threads
+from deltazip.cli.shared import errors_as_messages, existing_folder, progress_bar
 
 
 def command(
@@ -39,6 +39,7 @@ def command(
 ) -> None:
     """Scores a delta on a task, and how close it stays to its fine-tune, token by token."""
     with errors_as_messages():
+        from deltazip.compress import set_num_threads
         from deltazip.compress.tasks import load_task
 
         existing_folder(base, "base")
@@ -50,7 +51,7 @@ def command(
         if engine == "deltazip" and delta is None:
             raise ValueError("deltazip's engine runs a base and deltas: name a delta, or use torch")
         task = load_task(tasks, metric, max_new_tokens, items)
-        set_threads(threads)
+        set_num_threads(threads)
         started = time.monotonic()
         if engine == "torch":
             result = _with_torch(base, finetuned, delta, task, compare, batch_size, device)

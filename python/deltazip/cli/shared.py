@@ -66,14 +66,6 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
-def set_threads(num_threads: int) -> None:
-    """0 leaves torch's own choice: all cores."""
-    import torch
-
-    if num_threads > 0:
-        torch.set_num_threads(num_threads)
-
-
 def existing_folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{what} {path}: no such folder")

@@ -89,7 +89,10 @@ class ActivationFile:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> ActivationFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
 

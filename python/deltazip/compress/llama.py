@@ -107,7 +107,8 @@ class LlamaForward:
         positions = torch.arange(longest, device=device)[None]
         rotary = LlamaRotaryEmbedding(config=shape.config).to(device)
         cosine, sine = rotary(torch.zeros(1, device=device), positions)
-        self._cosine, self._sine = cosine[0].float(), sine[0].float()  # [longest, head_dim]
+        self._cosine: Tensor = cosine[0].float()  # [longest, head_dim]
+        self._sine: Tensor = sine[0].float()
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """hidden: [tokens, hidden]."""
