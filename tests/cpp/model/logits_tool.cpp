@@ -1,9 +1,12 @@
 // Runs token lists through a model folder and writes raw logits, for comparisons from Python.
 //   deltazip_logits MODEL --tokens FILE --out FILE [--delta PATH] [--argmax] [--chunk N]
 //                   [--threads N] [--kv-dtype NAME]
+//   deltazip_logits MODEL --tokens FILE --out FILE --generate STEPS [--delta PATH] [...]
 //   deltazip_logits MODEL --decode STEPS [--context N] [--delta PATH] [--threads N]
 // FILE has one sequence a line, ids apart by blanks. The output is, for every position of every
-// sequence, [vocab_size] float32, or with --argmax one int32. --decode times single-row steps.
+// sequence, [vocab_size] float32, or with --argmax one int32, or with --generate the STEPS
+// likeliest tokens after each sequence, int32, all sequences in one batch. --decode times
+// single-row steps.
 
 #include <chrono>
 #include <cstdio>
@@ -15,6 +18,7 @@
 #include <string>
 
 #include "deltazip/base/error.h"
+#include "deltazip/delta/delta_store.h"
 #include "model/harness.h"
 
 namespace deltazip::test {
@@ -88,6 +92,31 @@ void write_logits(Harness& harness, const Arguments& arguments, const VariantWei
   }
 }
 
+void write_greedy(Harness& harness, const Arguments& arguments, const VariantWeights* variant) {
+  std::ofstream out(arguments.text("--out"), std::ios::binary);
+  DZ_CHECK(out.good(), "cannot write '", arguments.text("--out"), "'");
+  const auto vocab = static_cast<std::size_t>(harness.model().config().vocab_size);
+  std::vector<Harness::Chunk> chunks;
+  std::vector<Tokens> chosen;
+  for (const Tokens& tokens : read_sequences(arguments.text("--tokens"))) {
+    const std::int32_t id = harness.add_sequence(variant);
+    const std::vector<float> logits = harness.step({{id, tokens}}, true)[0];
+    chosen.push_back({argmax(logits.data(), vocab)});
+    chunks.push_back({id, chosen.back()});
+  }
+  for (std::int32_t step = 1; step < arguments.number("--generate", 64); ++step) {
+    const std::vector<std::vector<float>> logits = harness.step(chunks, true);
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+      chosen[i].push_back(argmax(logits[i].data(), vocab));
+      chunks[i].tokens = {chosen[i].back()};
+    }
+  }
+  for (const Tokens& tokens : chosen) {
+    out.write(reinterpret_cast<const char*>(tokens.data()),
+              static_cast<std::streamsize>(tokens.size() * sizeof(std::int32_t)));
+  }
+}
+
 void time_decode(Harness& harness, const Arguments& arguments, const VariantWeights* variant) {
   const std::int32_t steps = arguments.number("--decode", 64);
   const std::int32_t context = arguments.number("--context", 32);
@@ -112,6 +141,37 @@ void time_decode(Harness& harness, const Arguments& arguments, const VariantWeig
               bytes / median / 1e6, milliseconds.front());
 }
 
+// A delta file, taken the way the engine takes it: store, slot, pointers.
+class Variant {
+ public:
+  Variant(Harness& harness, const std::string& base, const std::string& path)
+      : checkpoint_(Checkpoint::open(base)),
+        store_(harness.backend(), digest_of(checkpoint_), Model::base_tensors(checkpoint_), 0),
+        cache_(harness.backend(), store_, 1) {
+    Model::check_servable(harness.model().config(), *DeltaFile::open(path));
+    cache_.begin_load(0, store_.add(path));
+    std::vector<DeltaCache::Finished> finished;
+    while (finished.empty()) {
+      cache_.wait(1000);
+      finished = cache_.poll();
+    }
+    DZ_CHECK(finished[0].error.empty(), finished[0].error);
+    weights_ = harness.model().bind(*cache_.get(0));
+  }
+  const VariantWeights* weights() const { return weights_.get(); }
+
+ private:
+  static Digest digest_of(const Checkpoint& checkpoint) {
+    ThreadPool pool(0);
+    return checkpoint.weights_digest(pool);
+  }
+
+  Checkpoint checkpoint_;
+  DeltaStore store_;
+  DeltaCache cache_;
+  std::shared_ptr<const VariantWeights> weights_;
+};
+
 int run(int argc, char** argv) {
   const Arguments arguments = read_arguments(argc, argv);
   Harness::Options options;
@@ -119,18 +179,24 @@ int run(int argc, char** argv) {
   options.backend.isa = arguments.text("--isa");
   options.max_batch_tokens = 256;
   options.block_size = 16;
-  options.num_blocks = 64;
+  options.num_blocks = 512;
   const std::string kv_dtype = arguments.text("--kv-dtype", "float32");
   const std::optional<DType> known = dtype_from_name(kv_dtype);
   DZ_CHECK(known.has_value(), "unknown dtype '", kv_dtype, "'");
   options.kv_dtype = *known;
   Harness harness(arguments.model, options);
 
-  const VariantWeights* variant = nullptr;
-  if (arguments.text("--decode").empty()) {
-    write_logits(harness, arguments, variant);
+  std::optional<Variant> variant;
+  if (const std::string path = arguments.text("--delta"); !path.empty()) {
+    variant.emplace(harness, arguments.model, path);
+  }
+  const VariantWeights* weights = variant ? variant->weights() : nullptr;
+  if (!arguments.text("--decode").empty()) {
+    time_decode(harness, arguments, weights);
+  } else if (!arguments.text("--generate").empty()) {
+    write_greedy(harness, arguments, weights);
   } else {
-    time_decode(harness, arguments, variant);
+    write_logits(harness, arguments, weights);
   }
   return 0;
 }
