@@ -18,9 +18,6 @@ from deltazip.cli.shared import (
     progress_bar,
 )
 
-# Embeddings are not sparse, so the smaller formats give them longer groups to meet their size.
-_EMBEDDING_GROUP_SIZE = {"int4": 64, "int2": 192, "ternary": 64}
-
 
 def command(
     base: Annotated[Path, typer.Argument(help="The base model's folder.")],
@@ -34,8 +31,8 @@ def command(
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     embedding_format: Annotated[str, typer.Option(help="int4, int8 or exact.")] = "int4",
     embedding_group_size: Annotated[
-        int | None, typer.Option(help="The same, of embeddings. Default: by format.")
-    ] = None,
+        int, typer.Option(help="The same, of embeddings. 0: what suits the format.")
+    ] = 0,
     samples: Annotated[int, typer.Option(help="Calibration sequences at most.")] = 256,
     max_length: Annotated[int, typer.Option(help="Tokens of each at most.")] = 1024,
     damping: Annotated[
@@ -58,7 +55,7 @@ def command(
             format=format_,
             group_size=group_size,
             embedding_format=embedding_format,
-            embedding_group_size=embedding_group_size or _EMBEDDING_GROUP_SIZE.get(format_, 64),
+            embedding_group_size=embedding_group_size,
             num_samples=samples,
             max_length=max_length,
             damping=damping,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from deltazip import __version__
 from deltazip.compress import calibration
 from deltazip.compress.checkpoint import Checkpoint
 from deltazip.compress.delta_file import (
@@ -120,7 +121,7 @@ def compress(
         stored=stored,
         base={"name": base.resolve().name, "architecture": models.base.architecture},
         compressor={
-            "version": "1",
+            "version": __version__,
             "settings": dataclasses.asdict(settings),
             "report": {
                 "finetuned": finetuned.resolve().name,

@@ -22,6 +22,8 @@ EMBEDDING_FORMATS = {
     "int8": DeltaType.DENSE_INT8,
     "exact": DeltaType.REPLACED,
 }
+# Two bits leave the embedding, which is not sparse, most of the file: longer groups save there.
+EMBEDDING_GROUP_SIZES = {"int4": 64, "int2": 192, "ternary": 64}
 # Roughly what a stored tensor and a manifest row take in the header.
 _HEADER_BYTES_PER_TENSOR = 120
 
@@ -34,7 +36,7 @@ class Settings:
         format: int4, int2 or ternary: of the linear layers, 2:4 sparse.
         group_size: input features that share a scale, a multiple of 32.
         embedding_format: int4, int8 or exact: of embeddings and an untied lm_head, dense.
-        embedding_group_size: as group_size, for those.
+        embedding_group_size: as group_size, for those; 0 takes what suits the format.
         num_samples: calibration sequences at most.
         max_length: tokens of a calibration sequence at most.
         damping: share of the Hessian's mean diagonal that is added to it.
@@ -44,8 +46,8 @@ class Settings:
     format: str = "int4"
     group_size: int = 64
     embedding_format: str = "int4"
-    embedding_group_size: int = 192
-    num_samples: int = 512
+    embedding_group_size: int = 0
+    num_samples: int = 256
     max_length: int = 1024
     damping: float = 0.01
     batch_tokens: int = 4096
@@ -59,6 +61,8 @@ class Settings:
                 f"embedding format must be one of {', '.join(EMBEDDING_FORMATS)}, got "
                 f"'{self.embedding_format}'"
             )
+        if self.embedding_group_size == 0:
+            object.__setattr__(self, "embedding_group_size", EMBEDDING_GROUP_SIZES[self.format])
         pack.check_group_size(self.group_size)
         pack.check_group_size(self.embedding_group_size)
         for name in ("num_samples", "max_length", "batch_tokens"):

@@ -53,7 +53,7 @@ class Models:
         return pair
 
 
-class _Piece:
+class Piece:
     """What is known of some tensors so far."""
 
     def __init__(self) -> None:
@@ -129,9 +129,9 @@ class Run:
     # The embedding.
 
     def embedding(self) -> None:
-        piece = _Piece()
+        piece = Piece()
         base, tuned = self.models.read(llama.EMBEDDING)
-        solved = self.round_embedding(piece, llama.EMBEDDING, base, tuned)
+        solved = self.round_embedding(piece, base, tuned)
         used = torch.tensor(sorted({token for ids in self.sequences for token in ids}))
         rows = base[used].float()
         if solved is not None:
@@ -155,26 +155,24 @@ class Run:
             file.sync()
         self.workspace.save_piece("embedding", piece.entries, piece.stored, piece.report, hidden=0)
 
-    def round_embedding(
-        self, piece: _Piece, name: str, base: Tensor, tuned: Tensor
-    ) -> Solved | None:
+    def round_embedding(self, piece: Piece, base: Tensor, tuned: Tensor) -> Solved | None:
         """None if it is stored exactly or not at all."""
         type_ = EMBEDDING_FORMATS[self.settings.embedding_format]
         if not type_.is_matrix or torch.equal(base.float(), tuned.float()):
-            piece.exact(name, base, tuned)
+            piece.exact(llama.EMBEDDING, base, tuned)
             return None
         deltas = (
             (tuned[at : at + _ROWS_AT_ONCE].float() - base[at : at + _ROWS_AT_ONCE].float())
             for at in range(0, base.shape[0], _ROWS_AT_ONCE)
         )
         solved = round_to_nearest(deltas, Spec(type_, self.settings.embedding_group_size))
-        piece.matrix(name, solved)
+        piece.matrix(llama.EMBEDDING, solved)
         return solved
 
     # One decoder layer.
 
     def layer(self, layer: int, done: float, share: float) -> None:
-        prefix, piece = llama.layer_prefix(layer), _Piece()
+        prefix, piece = llama.layer_prefix(layer), Piece()
         base: dict[str, Tensor] = {}
         tuned: dict[str, Tensor] = {}
         running: dict[str, Tensor] = {}
@@ -282,11 +280,27 @@ class Run:
     # Everything after the last layer, and tensors the model does not use.
 
     def head(self, names: set[str]) -> None:
-        piece = _Piece()
+        piece = Piece()
         done = set(self.workspace.collect()[0])
         for name in sorted(names - done - {llama.HEAD}):
             piece.exact(name, *self.models.read(name))
         if llama.HEAD in names:
-            base, tuned = self.models.read(llama.HEAD)
-            self.round_embedding(piece, llama.HEAD, base, tuned)
+            self.untied_head(piece)
         self.workspace.save_piece("head", piece.entries, piece.stored, piece.report)
+
+    def untied_head(self, piece: Piece) -> None:
+        """An lm_head of its own multiplies the last hidden states, so it has a Hessian."""
+        base, tuned = self.models.read(llama.HEAD)
+        type_ = EMBEDDING_FORMATS[self.settings.embedding_format]
+        if not type_.is_matrix or torch.equal(base.float(), tuned.float()):
+            piece.exact(llama.HEAD, base, tuned)
+            return
+        norm = self.models.finetuned.read(llama.FINAL_NORM).float().to(self.device)
+        hessian = HessianSum(self.shape.hidden, self.device)
+        with self.hidden_file(int(self.workspace.get("hidden", 0)), keep=True) as hidden:
+            for batch in self.batches:
+                hessian.add(self.forward.norm(hidden.read(batch, self.device), norm), batch)
+        factor = Factor(hessian.value(), self.settings.damping)
+        spec = Spec(type_, self.settings.embedding_group_size)
+        delta = (tuned.float() - base.float()).to(self.device)
+        piece.matrix(llama.HEAD, solve(delta, factor, spec))

@@ -15,7 +15,7 @@ from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import DeltaFile, DeltaFileError, Entry, Stored, write_delta
 from deltazip.compress.pack import DeltaType, QuantizedMatrix
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 BASE_DIGEST = hashlib.sha256(b"some base").hexdigest()
 
@@ -223,3 +223,17 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="quantised"):
         Checkpoint(tmp_path)
+
+
+def test_the_golden_file_reads_as_expected(test_data: Path) -> None:
+    """Written by a program that shares no code with the package, from the document alone."""
+    file = DeltaFile(test_data / "golden_delta.safetensors")
+    file.verify()
+    expected = load_file(test_data / "golden_expected.safetensors")
+    seen = set()
+    for name, entry in file.entries.items():
+        seen.add(entry.type)
+        got = file.apply(name, torch.zeros(entry.shape))
+        want = expected.get(name, torch.zeros(entry.shape))
+        torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=0.0)
+    assert seen == set(DeltaType)
