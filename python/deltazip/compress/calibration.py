@@ -46,7 +46,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; never fetched from elsewhere."""
     from transformers import AutoTokenizer
 
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Cleaning up would take spaces out of decoded text that the model has put there.
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, clean_up_tokenization_spaces=False
+    )
     return tokenizer
 
 

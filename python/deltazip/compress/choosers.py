@@ -56,7 +56,10 @@ class Chooser:
             kept = self.nearest(weights, scale[:, None]) * scale[:, None]
             gains = (2.0 * weights - kept) * kept * saliency  # w^2 - (w - kept)^2
             if self.keeps_two_of_four:
-                total = gains.reshape(weights.shape[0], -1, 4).topk(2, dim=2).values.sum(dim=(1, 2))
+                a, b, c, d = gains.reshape(weights.shape[0], -1, 4).unbind(dim=2)
+                # The larger two of four, without sorting.
+                across = torch.maximum(a, b).add_(torch.maximum(c, d))
+                total = torch.maximum(across, torch.maximum(a + b, c + d)).sum(dim=1)
             else:
                 total = gains.sum(dim=1)
             better = total > best

@@ -43,7 +43,9 @@ def load_model(
 ) -> Any:
     """The variant (or, without a delta, the model in `base`) as a transformers model."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
     if delta is not None:
         checkpoint, file = open_pair(base, delta)
