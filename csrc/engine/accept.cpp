@@ -55,7 +55,9 @@ void Loop::handle(Submit& command) {
     spec.id = requests_.open_sequence({&active, 0});
     ++active.variant->num_waiting;
     scheduler_.add(std::move(spec));
-  } catch (const Error& error) {
+  } catch (const InternalError&) {
+    throw;  // ours, and no longer about this request alone
+  } catch (const std::exception& error) {
     end_request(active, Finish::kError, error.what());
   }
 }

@@ -42,7 +42,8 @@ void check_config(const EngineConfig& config) {
 
 // A folder's name made fit to be a variant's.
 std::string name_from_folder(const std::string& folder) {
-  const fs::path path = fs::weakly_canonical(folder);
+  std::error_code error;
+  const fs::path path = fs::weakly_canonical(folder, error);
   std::string name = path.has_filename() ? path.filename().string() : "base";
   for (char& c : name) {
     const bool is_plain = (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') ||
@@ -157,11 +158,14 @@ std::shared_ptr<VariantRecord> Resources::base_record() const {
 
 std::shared_ptr<VariantRecord> Resources::open_variant(const std::string& name,
                                                        const std::string& path) {
+  DZ_CHECK(path.find('\0') == std::string::npos, "variant '", name, "': its path holds a NUL");
   auto record = std::make_shared<VariantRecord>();
   record->name = name;
   record->path = path;
   record->parent = config.base_name;
-  const fs::path folder = fs::is_directory(path) ? fs::path(path) : fs::path(path).parent_path();
+  std::error_code error;
+  const bool is_folder = fs::is_directory(path, error);
+  const fs::path folder = is_folder ? fs::path(path) : fs::path(path).parent_path();
   record->eos_token_ids = with_generation_config(model_config, folder).eos_token_ids;
 
   record->store_handle = store->add(path);

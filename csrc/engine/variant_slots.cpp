@@ -37,7 +37,7 @@ std::vector<VariantSlots::Finished> VariantSlots::poll() {
         variant.place = Place::kResident;
         variant.load_seconds = load.seconds;
         ++variant.num_loads;
-      } catch (const Error& error) {
+      } catch (const std::exception& error) {
         load.error = error.what();
       }
     }

@@ -74,7 +74,7 @@ def run(
         left += 1
         if arrivals_s is None:
             drain(0)
-        else:
+        elif i >= len(cases) // 2:  # a burst that the cache cannot hold, then stragglers
             time.sleep(rng.random() * arrivals_s)
     drain(0)
     engine.check()

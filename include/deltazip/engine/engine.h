@@ -18,8 +18,9 @@ struct EngineConfig {
   std::string base_name;  // what requests call the base; empty: the folder's name
   std::string device = "cpu";
   std::int32_t num_threads = 0;
-  std::string kv_dtype = "auto";         // auto: float32 on the CPU, the model's on a GPU
-  std::int64_t kv_cache_bytes = 0;       // 0: what is left of the budget; see memory_plan.h
+  std::string kv_dtype = "auto";    // auto: float32 on the CPU, the model's on a GPU
+  std::int64_t kv_cache_bytes = 0;  // 0: what is left of the budget; on a CPU at most 4 GiB, or one
+                                    // sequence of max_model_len
   std::int64_t memory_budget_bytes = 0;  // weights + scratch + slots + KV; 0: 80 % of free memory
   std::int64_t delta_budget_bytes = 0;   // slots; 0: room for num_delta_slots 4-bit variants
   std::int64_t host_budget_bytes = 0;    // tiled deltas kept in host memory; 0: no bound

@@ -81,6 +81,8 @@ TEST(BadInput, VariantsAreRefusedAndTheNameStaysFree) {
   const auto good = house.write_variant("good", 2);
   EXPECT_NE(error("../good", good), "");
   EXPECT_NE(error("good", house.base().parent_path() / "nothing"), "");
+  EXPECT_NE(error("good", good / "delta.safetensors" / "deeper"), "");
+  EXPECT_NE(error("good", std::string("/tmp\0/x", 7)).find("NUL"), std::string::npos);
 
   // Made from another base: the same shapes, other weights.
   TinyHouse other("{}", 99);
