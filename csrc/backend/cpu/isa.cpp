@@ -1,16 +1,27 @@
 #include "backend/cpu/isa.h"
 
+#if defined(DELTAZIP_CPU_X86)
+#include <cpuid.h>
+#endif
+
 #include "deltazip/base/error.h"
 
 namespace deltazip::cpu {
 namespace {
 
+#if defined(DELTAZIP_CPU_X86)
+// Asked of the processor: clang 14 has no name for it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> available{&kernels_scalar()};
 #if defined(DELTAZIP_CPU_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
-      __builtin_cpu_supports("f16c") != 0) {
+  if (__builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 && has_f16c()) {
     available.push_back(&kernels_avx2());
     if (__builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
         __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0) {
