@@ -16,6 +16,9 @@
 namespace deltazip::cpu {
 namespace {
 
+// Smaller requests are made without asking how much memory there is.
+constexpr std::size_t kAlwaysTriedBytes = std::size_t{256} << 20;
+
 // Every op is done when its call returns, so there is never anything to wait for.
 class CpuStream final : public Stream {
  public:
@@ -79,7 +82,10 @@ class CpuBackend final : public Backend {
   DType activation_dtype(DType) const override { return DType::kFloat32; }
 
   Buffer allocate(std::size_t num_bytes) override {
-    std::shared_ptr<void> owner(allocate_aligned(num_bytes), FreeDeleter{});
+    // Linux promises what it does not have, and kills later: what cannot fit is refused here.
+    const bool can_fit =
+        num_bytes < kAlwaysTriedBytes || num_bytes <= read_memory_info().total_bytes;
+    std::shared_ptr<void> owner(can_fit ? allocate_aligned(num_bytes) : nullptr, FreeDeleter{});
     if (!owner) {
       detail::fail<ResourceExhausted>("cpu: cannot allocate ", num_bytes, " bytes; ",
                                       read_memory_info().free_bytes, " are free");
