@@ -33,7 +33,7 @@ void* open_cuda_library() {
   std::string errors;
   for (const std::string& path : {own_folder() + kCudaLibrary, std::string(kCudaLibrary)}) {
     if (void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
-    const char* error = dlerror();
+    const char* error = dlerror();  // NOLINT(concurrency-mt-unsafe): glibc keeps it per thread
     errors += errors.empty() ? "" : "; ";
     errors += error != nullptr ? error : "unknown error";
   }

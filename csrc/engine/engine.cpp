@@ -52,7 +52,7 @@ void Engine::Impl::check_request(const Request& request) const {
            ", but max_batch_sequences is ", config.max_batch_sequences);
 }
 
-Engine::Engine(const EngineConfig& config, LogSink log)
+Engine::Engine(const EngineConfig& config, const LogSink& log)
     : impl_(std::make_unique<Impl>(config, log)) {}
 
 Engine::~Engine() { shutdown(); }

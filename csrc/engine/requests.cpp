@@ -58,6 +58,7 @@ ActiveRequest* RequestTable::owner(SequenceId sequence) const {
 
 std::vector<ActiveRequest*> RequestTable::all() {
   std::vector<ActiveRequest*> requests;
+  requests.reserve(requests_.size());
   for (auto& [id, request] : requests_) requests.push_back(request.get());
   return requests;
 }

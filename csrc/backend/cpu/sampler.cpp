@@ -231,14 +231,13 @@ SampledToken sample_row(const Kernels& kernels, const float* logits, std::int64_
     const bool is_greedy = row.temperature < kMinTemperature || row.top_k == 1;
     const bool is_copied = changes_logits(row) || !is_greedy;
     const float* values = logits;
-    float max = summary.max;
     if (is_copied) {
       scratch.logits.assign(logits, logits + vocab_size);
       change_logits(row, scratch);
       values = scratch.logits.data();
     }
     const std::int64_t best = kernels.argmax(values, vocab_size);
-    max = values[best];
+    const float max = values[best];
     if (!std::isfinite(max)) {  // every token is banned: no choice is left
       out.is_finite = false;
       return out;

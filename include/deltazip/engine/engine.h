@@ -112,7 +112,7 @@ struct EngineStats {
 // be called from any thread and only passes messages, or waits where it says so.
 class Engine {
  public:
-  explicit Engine(const EngineConfig& config, LogSink log = log_to_stderr);
+  explicit Engine(const EngineConfig& config, const LogSink& log = log_to_stderr);
   ~Engine();  // cancels what is left
 
   // Validates fully, then advertises. Waits; throws InvalidArgument with nothing changed.

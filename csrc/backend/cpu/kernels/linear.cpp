@@ -104,12 +104,13 @@ void multiply_rows(const float* x, std::int64_t x_stride, const LinearParams& pa
       multiply<kType, kRows, kPanels, 0>(x, x_stride, columns, w, out, rows, num_valid);
       multiply<kType, kRows, kPanels, 1>(x, x_stride, columns, w, out, rows, num_valid);
     }
-    panel += kPanels;
   };
   if constexpr (kManyPanels > 1) {
-    while (panel + kManyPanels <= last_panel) run.template operator()<kManyPanels>();
+    for (; panel + kManyPanels <= last_panel; panel += kManyPanels) {
+      run.template operator()<kManyPanels>();
+    }
   }
-  while (panel < last_panel) run.template operator()<1>();
+  for (; panel < last_panel; ++panel) run.template operator()<1>();
 }
 
 template <DType kType, int kRows = kMaxRows>
