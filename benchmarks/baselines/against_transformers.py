@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """DeltaZip beside transformers on the same machine, threads and run.
 
-    python benchmarks/baselines/against_transformers.py decode --base DIR
-    python benchmarks/baselines/against_transformers.py concurrent --base DIR --variant NAME=DELTA=FINETUNED ...
+    A=benchmarks/baselines/against_transformers.py
+    python $A decode --base DIR
+    python $A concurrent --base DIR --variant NAME=DELTA=FINETUNED ...
 
-`decode` is batch 1, greedy: tokens per second after the first token, of transformers' generate in float32 and in
-bfloat16 (the faster one is the baseline) and of DeltaZip's engine on the checkpoint as it is. `concurrent` is 16
-requests, spread over the base and the variants: one after another in transformers (each variant its own model, already
-in memory), all at once in DeltaZip. Rounds alternate between the two, and each figure is printed with its spread.
+`decode` is batch 1, greedy: tokens per second after the first token, of transformers' generate in
+float32 and in bfloat16 (the faster one is the baseline) and of DeltaZip's engine on the checkpoint
+as it is. `concurrent` is 16 requests, spread over the base and the variants: one after another in
+transformers (each variant its own model, already in memory), all at once in DeltaZip. Rounds
+alternate between the two, and each figure is printed with its spread.
 """
 
 from __future__ import annotations
@@ -57,13 +59,15 @@ class Engine:
         self.next_id = 1
 
     def run(self, work: list[tuple[str, list[int]]], num_tokens: int) -> tuple[float, float, int]:
-        """Runs all requests at once; returns seconds in all, seconds after the first token, tokens."""
+        """Runs all requests at once; returns seconds in all, after the first token, and tokens."""
         alive = set()
         start = time.perf_counter()
         first = start
         total = 0
         for variant, prompt in work:
-            sampling = self._c.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+            sampling = self._c.SamplingParams(
+                temperature=0.0, max_tokens=num_tokens, ignore_eos=True
+            )
             self.engine.submit(self.next_id, variant, prompt, sampling)
             alive.add(self.next_id)
             self.next_id += 1
@@ -112,7 +116,10 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     ids = chat_ids(tokenizer, PROMPTS[0])
-    models = {"float32": load(args.base, torch.float32), "bfloat16": load(args.base, torch.bfloat16)}
+    models = {
+        "float32": load(args.base, torch.float32),
+        "bfloat16": load(args.base, torch.bfloat16),
+    }
     engine = Engine(args.base, {}, args.threads)
     engine.run([("", ids)], 8)
     for model in models.values():
@@ -161,7 +168,7 @@ def concurrent(args: argparse.Namespace) -> dict[str, Any]:
     models = {name: load(folder, dtype) for name, folder in folders.items()}
     engine = Engine(args.base, deltas, args.threads)
     engine.run(work, 4)
-    for name, model in models.items():
+    for model in models.values():
         torch_generate(model, work[0][1], 2)
     ours: list[float] = []
     theirs: list[float] = []
@@ -177,7 +184,9 @@ def concurrent(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     sub = parser.add_subparsers(dest="what", required=True)
     for name, run, tokens in (("decode", decode, 128), ("concurrent", concurrent, 64)):
