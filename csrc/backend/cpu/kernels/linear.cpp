@@ -23,6 +23,9 @@ constexpr int kMaxWholeRows = 1;
 // them would fall into the same cache sets.
 constexpr std::int64_t kMinRowsToStage = 5;
 constexpr std::int64_t kStagePadding = 16;
+// The hardware's prefetcher stops at every page: 30 % at 4 rows and more. A single row reads faster
+// than that without.
+constexpr std::int64_t kPrefetchBytes = 2048;
 constexpr std::int64_t kCachedPanelBytes = 512 << 10;  // panels kept in L2 while rows pass by
 
 template <DType kType>
@@ -60,7 +63,9 @@ void multiply(const float* x, std::int64_t x_stride, std::int64_t columns, const
 #pragma GCC unroll 16
     for (int p = 0; p < kPanels; ++p) {
       F32 low, high;
-      load_weights<kType>(weights + p * panel_bytes + k * 32 * kBytes<kType>, low, high);
+      const char* column = weights + p * panel_bytes + k * 32 * kBytes<kType>;
+      if constexpr (kRows > 1) __builtin_prefetch(column + kPrefetchBytes);
+      load_weights<kType>(column, low, high);
       if constexpr (kHalf < 0) {
         w[2 * p] = low;
         w[2 * p + 1] = high;

@@ -7,6 +7,9 @@
 namespace deltazip::cpu::DZ_ISA {
 namespace {
 
+// Ahead of the page at which the hardware's prefetcher stops.
+constexpr std::int64_t kPrefetchBytes = 2048;
+
 // One group of four: the two kept places and their levels.
 struct KeptPair {
   NI index0, index1;
@@ -65,6 +68,8 @@ void sparse_panel(const char* panel, const DeltaLayout& layout, const SbmmItem& 
       for (std::int64_t h = 0; h < 2 * num_blocks; ++h) {
         const int half = static_cast<int>(h % 2);
         const SparseHalf<kType> codes(block, half);
+        __builtin_prefetch(block + kPrefetchBytes + half * kWordRowBytes);
+        if (half != 0) __builtin_prefetch(block + kPrefetchBytes + 2 * kWordRowBytes);
         unroll<0, 4>([&]<int kGroup>() __attribute__((always_inline)) {
           const KeptPair kept = codes.template pair<kGroup>();
 #pragma GCC unroll 8
