@@ -11,8 +11,8 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 BUILD := build/dev
-# The pip of a venv, quiet, and with torch held at the tested version.
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# torch held at the tested version.
 CONSTRAINTS := -c .ci/constraints.txt
 export PATH := $(BIN):$(PATH)
 
