@@ -30,7 +30,12 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
   const auto unit = static_cast<std::size_t>(alignment);
   return give(std::aligned_alloc(unit, (size + unit - 1) / unit * unit));
 }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  void* memory = std::malloc(size == 0 ? 1 : size);
+  return memory == nullptr ? nullptr : give(memory);
+}
 void operator delete(void* memory) noexcept { take(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { take(memory); }
 void operator delete(void* memory, std::size_t) noexcept { take(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { take(memory); }
 void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { take(memory); }
