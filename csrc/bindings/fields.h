@@ -39,13 +39,17 @@ T cast_field(const std::string& owner, const char* field, pybind11::handle value
     fits = fits && PyIndex_Check(value.ptr()) != 0;  // a float is not rounded silently
   }
   if constexpr (std::same_as<T, std::string>) fits = py::isinstance<py::str>(value);  // not bytes
-  if (fits) {
-    try {
-      return value.cast<T>();
-    } catch (const py::cast_error&) {
-    }
+  const auto refuse = [&] {
+    detail::fail<InvalidArgument>(owner, ": ", field, " must be ", expected, ", got ",
+                                  shown(value));
+  };
+  if (!fits) refuse();
+  try {
+    return value.cast<T>();
+  } catch (const py::cast_error&) {
+    refuse();
+    throw;
   }
-  detail::fail<InvalidArgument>(owner, ": ", field, " must be ", expected, ", got ", shown(value));
 }
 
 template <typename Struct>
@@ -57,7 +61,7 @@ class Fields {
     class_.def(py::init([owner = name_](const py::kwargs& kwargs) {
       py::object made = py::cast(Struct{});
       for (const auto& [key, value] : kwargs) {
-        const bool is_known = !std::string(py::str(key)).starts_with("_") &&
+        const bool is_known = !std::string(py::str(key)).starts_with('_') &&
                               PyObject_HasAttr(py::type::of(made).ptr(), key.ptr()) == 1;
         if (!is_known) {
           throw py::type_error(owner + " has no field " + shown(key));
