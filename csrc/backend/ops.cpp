@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <vector>
 
 #include "deltazip/backend/backend.h"
 #include "deltazip/base/error.h"
@@ -110,8 +112,81 @@ void check_sampling(const SamplingRow& s, std::int64_t vocab_size, std::int64_t 
   }
 }
 
-bool overlap(std::int64_t first_a, std::int64_t size_a, std::int64_t first_b, std::int64_t size_b) {
-  return first_a < first_b + size_b && first_b < first_a + size_a;
+// A product's output: of x's dtype, or float32 where the sums themselves are wanted.
+void check_product(const char* op, TensorView y, ConstTensorView x) {
+  check_matrix(op, "x", x);
+  check_matrix(op, "y", y);
+  DZ_CHECK(x.size(0) == y.size(0), op, ": x has ", x.size(0), " rows, y has ", y.size(0));
+  DZ_CHECK(y.dtype == x.dtype || y.dtype == DType::kFloat32, op, ": y must be ", name(x.dtype),
+           " like x, or float32, got ", name(y.dtype));
+}
+
+LinearParams check_linear(const char* op, TensorView y, ConstTensorView x,
+                          const PackedMatrix& weight) {
+  check_weight(op, weight);
+  check_product(op, y, x);
+  DZ_CHECK(x.size(1) == weight.columns, op, ": x must have ", weight.columns,
+           " columns like the weight [", weight.rows, ", ", weight.columns, "], got ",
+           x.shape.str());
+  DZ_CHECK(y.size(1) == weight.rows, op, ": y must have ", weight.rows,
+           " columns like the weight's rows, got ", y.shape.str());
+  return {x.data, y.data, weight, x.size(0), x.dtype, y.dtype};
+}
+
+bool is_empty(const SbmmTask& task) { return task.delta.data == nullptr || task.num_rows == 0; }
+
+bool same_rows(const SbmmTask& a, const SbmmTask& b) {
+  return a.first_row == b.first_row && a.num_rows == b.num_rows;
+}
+
+// By rows, then by columns: two tasks that share elements become neighbours, unless their rows
+// overlap without being equal, which no batch needs and which is refused.
+void check_disjoint(const char* op, std::span<const SbmmTask> tasks) {
+  thread_local std::vector<std::int32_t> order;  // a step asks this often
+  order.clear();
+  for (std::size_t t = 0; t < tasks.size(); ++t) {
+    if (!is_empty(tasks[t])) order.push_back(static_cast<std::int32_t>(t));
+  }
+  const auto task = [&](std::size_t i) -> const SbmmTask& {
+    return tasks[static_cast<std::size_t>(order[i])];
+  };
+  std::ranges::sort(order, {}, [&](std::int32_t t) {
+    const SbmmTask& each = tasks[static_cast<std::size_t>(t)];
+    return std::tuple(each.first_row, each.num_rows, each.out_offset);
+  });
+  for (std::size_t i = 1; i < order.size(); ++i) {
+    const SbmmTask& before = task(i - 1);
+    const SbmmTask& after = task(i);
+    const bool are_disjoint = same_rows(before, after)
+                                  ? before.out_offset + before.delta.rows <= after.out_offset
+                                  : before.first_row + before.num_rows <= after.first_row;
+    DZ_CHECK(are_disjoint, op, ": tasks ", std::min(order[i - 1], order[i]), " and ",
+             std::max(order[i - 1], order[i]),
+             " write the same elements, or rows that overlap without being the same");
+  }
+}
+
+SbmmParams check_sbmm(const char* op, TensorView y, ConstTensorView x,
+                      std::span<const SbmmTask> tasks) {
+  check_product(op, y, x);
+  for (std::size_t t = 0; t < tasks.size(); ++t) {
+    const SbmmTask& task = tasks[t];
+    DZ_CHECK(task.first_row >= 0 && task.num_rows >= 0 &&
+                 std::int64_t{task.first_row} + task.num_rows <= x.size(0),
+             op, ": task ", t, " covers rows [", task.first_row, ", ",
+             std::int64_t{task.first_row} + task.num_rows, ") of ", x.size(0));
+    if (task.delta.data == nullptr) continue;
+    check_delta(op, task.delta);
+    DZ_CHECK(task.delta.columns == x.size(1), op, ": the delta of task ", t, " has ",
+             task.delta.columns, " columns, x has ", x.size(1));
+    DZ_CHECK(task.out_offset >= 0 && task.out_offset + task.delta.rows <= y.size(1), op, ": task ",
+             t, " writes columns [", task.out_offset, ", ", task.out_offset + task.delta.rows,
+             ") of ", y.size(1));
+  }
+  check_disjoint(op, tasks);
+  return {x.data,    y.data,    tasks.data(), static_cast<std::int32_t>(tasks.size()),
+          x.size(0), x.size(1), y.size(1),    x.dtype,
+          y.dtype};
 }
 
 }  // namespace
@@ -140,46 +215,25 @@ void Ops::embed(TensorView out, std::span<const std::int32_t> tokens, const Pack
 }
 
 void Ops::linear(TensorView y, ConstTensorView x, const PackedMatrix& weight, Stream& stream) {
-  check_weight("linear", weight);
-  check_matrix("linear", "x", x);
-  DZ_CHECK(x.size(1) == weight.columns, "linear: x must have ", weight.columns,
-           " columns like the weight [", weight.rows, ", ", weight.columns, "], got ",
-           x.shape.str());
-  check_matrix("linear", "y", y, x.size(0), weight.rows, x.dtype);
-  if (x.size(0) == 0) return;
-  run(LinearParams{x.data, y.data, weight, x.size(0), x.dtype}, stream);
+  const LinearParams params = check_linear("linear", y, x, weight);
+  if (params.num_rows > 0) run(params, stream);
 }
 
 void Ops::sbmm(TensorView y, ConstTensorView x, std::span<const SbmmTask> tasks, Stream& stream) {
-  check_matrix("sbmm", "x", x);
-  check_matrix("sbmm", "y", y);
-  DZ_CHECK(x.size(0) == y.size(0), "sbmm: x has ", x.size(0), " rows, y has ", y.size(0));
-  DZ_CHECK(x.dtype == y.dtype, "sbmm: x is ", name(x.dtype), ", y is ", name(y.dtype));
-  for (std::size_t t = 0; t < tasks.size(); ++t) {
-    const SbmmTask& task = tasks[t];
-    DZ_CHECK(task.first_row >= 0 && task.num_rows >= 0 &&
-                 std::int64_t{task.first_row} + task.num_rows <= x.size(0),
-             "sbmm: task ", t, " covers rows [", task.first_row, ", ",
-             std::int64_t{task.first_row} + task.num_rows, ") of ", x.size(0));
-    if (task.delta.data == nullptr) continue;
-    check_delta("sbmm", task.delta);
-    DZ_CHECK(task.delta.columns == x.size(1), "sbmm: the delta of task ", t, " has ",
-             task.delta.columns, " columns, x has ", x.size(1));
-    DZ_CHECK(task.out_offset >= 0 && task.out_offset + task.delta.rows <= y.size(1), "sbmm: task ",
-             t, " writes columns [", task.out_offset, ", ", task.out_offset + task.delta.rows,
-             ") of ", y.size(1));
-    for (std::size_t other = 0; other < t; ++other) {
-      const SbmmTask& before = tasks[other];
-      DZ_CHECK(before.delta.data == nullptr ||
-                   !overlap(task.first_row, task.num_rows, before.first_row, before.num_rows) ||
-                   !overlap(task.out_offset, task.delta.rows, before.out_offset, before.delta.rows),
-               "sbmm: tasks ", other, " and ", t, " write the same elements");
-    }
-  }
-  if (tasks.empty() || x.size(0) == 0) return;
-  run(SbmmParams{x.data, y.data, tasks.data(), static_cast<std::int32_t>(tasks.size()), x.size(0),
-                 x.size(1), y.size(1), x.dtype},
-      stream);
+  const SbmmParams params = check_sbmm("sbmm", y, x, tasks);
+  if (params.num_tasks > 0 && params.num_rows > 0) run(params, stream);
+}
+
+void Ops::project(TensorView y, ConstTensorView x, const PackedMatrix& weight,
+                  std::span<const SbmmTask> tasks, Stream& stream) {
+  const ProjectParams params{check_linear("project", y, x, weight),
+                             check_sbmm("project", y, x, tasks)};
+  if (params.base.num_rows > 0) run(params, stream);
+}
+
+void Ops::run(const ProjectParams& params, Stream& stream) {
+  run(params.base, stream);
+  if (params.deltas.num_tasks > 0) run(params.deltas, stream);
 }
 
 void Ops::bias_add(TensorView y, std::span<const float* const> row_biases, Stream& stream) {
@@ -238,7 +292,7 @@ void Ops::rope_append(TensorView qkv, ConstTensorView cos_sin,
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const auto i = static_cast<std::size_t>(row);
     check_index("rope_append", "angle row", angle_rows[i], cos_sin.size(0), row);
-    check_index("rope_append", "cache slot", cache_slots[i], num_slots, row);
+    if (cache_slots[i] != -1) check_index("rope_append", "cache slot", cache_slots[i], num_slots, row);
   }
   if (num_rows == 0) return;
   run(RopeAppendParams{qkv.data, static_cast<const float*>(cos_sin.data), angle_rows.data(),

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -27,9 +28,16 @@ class CpuStream final : public Stream {
 
 class CpuEvent final : public Event {
  public:
-  void record(Stream&) override {}
+  void record(Stream&) override { at_ = std::chrono::steady_clock::now(); }
   bool is_done() const override { return true; }
   void wait(Stream&) override {}
+  double ms_since(const Event& before) const override {
+    const auto passed = at_ - dynamic_cast<const CpuEvent&>(before).at_;
+    return std::chrono::duration<double, std::milli>(passed).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point at_;
 };
 
 // What /proc/meminfo and the cgroup (v2, then v1) say.

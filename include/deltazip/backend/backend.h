@@ -1,7 +1,9 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -22,6 +24,8 @@ class Stream {
 class Event {
  public:
   virtual ~Event() = default;
+  // Milliseconds of device time from `before` to this one; both recorded and done.
+  virtual double ms_since(const Event& before) const = 0;
   virtual void record(Stream& stream) = 0;
   virtual bool is_done() const = 0;
   virtual void wait(Stream& stream) = 0;  // later work of `stream` waits for the recorded point
@@ -55,7 +59,13 @@ struct MemoryInfo {
 struct BackendOptions {
   int num_threads = 0;  // CPU: 0 is one per available core. Ignored by devices.
   std::string isa;      // CPU: "", or force "scalar", "avx2", "avx512" (tests, measurements)
+  DType compute_dtype = DType::kBFloat16;  // devices: of activations and base weights, bfloat16 or
+                                           // float16. The CPU computes in float32
 };
+
+// What decides the launches of a step. Two steps with equal keys call the same ops in the same
+// order, with equal shapes, counts and device pointers; the contents of host arrays may differ.
+using StepKey = std::array<std::int32_t, 4>;
 
 // One device: memory, streams, events, the packing of weights, and its Ops.
 // One per engine; used by the engine's thread, except that any thread may call pack_*, tile_delta,
@@ -80,6 +90,16 @@ class Backend {
                             Stream& stream) = 0;
   virtual void copy_on_device(void* to, const void* from, std::size_t num_bytes,
                               Stream& stream) = 0;
+
+  // Calls `body`, which gives one step's ops to `stream`. A device may record what `body` launches
+  // and, when the key comes again, replay that: then ops only refresh the contents of host arrays.
+  virtual void run_step(const StepKey& /*key*/, Stream& /*stream*/,
+                        const std::function<void()>& body) {
+    body();
+  }
+  // How many rows to pad a decode step of `num_rows` to, so that few keys serve all batches.
+  // 0: there is nothing to gain, do not pad and do not use run_step.
+  virtual std::int32_t padded_rows(std::int32_t /*num_rows*/) const { return 0; }
 
   // Base weights. packed_bytes is what pack_weight writes to `device`; `host` is [rows, columns].
   virtual std::size_t packed_bytes(DType dtype, std::int64_t rows, std::int64_t columns) const = 0;

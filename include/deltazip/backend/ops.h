@@ -18,8 +18,12 @@ class Ops {
 
   void embed(TensorView out, std::span<const std::int32_t> tokens, const PackedMatrix& table,
              std::span<const DeltaMatrix* const> row_deltas, Stream& stream);
+  // y is of x's dtype or float32, here and in the next two.
   void linear(TensorView y, ConstTensorView x, const PackedMatrix& weight, Stream& stream);
   void sbmm(TensorView y, ConstTensorView x, std::span<const SbmmTask> tasks, Stream& stream);
+  // linear, then sbmm; a backend may merge the two.
+  void project(TensorView y, ConstTensorView x, const PackedMatrix& weight,
+               std::span<const SbmmTask> tasks, Stream& stream);
   void bias_add(TensorView y, std::span<const float* const> row_biases, Stream& stream);
   // x may be empty (data == nullptr): then residual is only normalised.
   void rms_norm(TensorView out, TensorView residual, ConstTensorView x,
@@ -42,6 +46,7 @@ class Ops {
   virtual void run(const EmbedParams& params, Stream& stream) = 0;
   virtual void run(const LinearParams& params, Stream& stream) = 0;
   virtual void run(const SbmmParams& params, Stream& stream) = 0;
+  virtual void run(const ProjectParams& params, Stream& stream);
   virtual void run(const BiasAddParams& params, Stream& stream) = 0;
   virtual void run(const RmsNormParams& params, Stream& stream) = 0;
   virtual void run(const SiluMulParams& params, Stream& stream) = 0;

@@ -24,7 +24,8 @@ struct LinearParams {
   void* y;        // [num_rows, weight.rows]
   PackedMatrix weight;
   std::int64_t num_rows;
-  DType dtype;  // of x and y
+  DType dtype;    // of x
+  DType y_dtype;  // dtype, or float32
 };
 
 // Rows [first_row, first_row + num_rows) of x times one delta, added to columns
@@ -43,7 +44,14 @@ struct SbmmParams {
   const SbmmTask* tasks;  // host, [num_tasks]; no two tasks write the same element
   std::int32_t num_tasks;
   std::int64_t num_rows, in_features, out_features;
-  DType dtype;  // of x and y
+  DType dtype;    // of x
+  DType y_dtype;  // dtype, or float32
+};
+
+// y = x * weight^T + the delta products: one projection of all variants of a batch.
+struct ProjectParams {
+  LinearParams base;
+  SbmmParams deltas;  // the same x and y; maybe no tasks
 };
 
 // out = table[token] (+ delta[token] of the row's variant).
@@ -97,7 +105,8 @@ struct RopeAppendParams {
   void* qkv;  // [num_rows, (num_heads + 2 * num_kv_heads) * head_dim]; q is rotated in place
   const float* cos_sin;             // [num_angles, head_dim]: head_dim / 2 cosines, then sines
   const std::int32_t* angle_rows;   // host, [num_rows] into cos_sin
-  const std::int64_t* cache_slots;  // host, [num_rows]: block * block_size + offset
+  const std::int64_t* cache_slots;  // host, [num_rows]: block * block_size + offset; -1: no place,
+                                    // k and v are not stored
   KvLayer cache;
   std::int64_t num_rows;
   std::int32_t num_heads;

@@ -126,6 +126,22 @@ TEST_P(SbmmTest, ARowDoesNotDependOnItsBatch) {
   }
 }
 
+TEST_P(SbmmTest, ProjectIsTheBaseProductAndTheDeltas) {
+  const Weight weight(backend(), stream(), 90, 160, DType::kBFloat16, rng_);
+  const Delta delta(backend(), DeltaType::kSparse24Int2, 40, 160, 64, rng_);
+  const Matrix x = Matrix::random(9, 160, rng_);
+  const std::vector<SbmmTask> tasks = {{delta.matrix, 2, 5, 50}, {DeltaMatrix{}, 2, 5, 0}};
+  Matrix y(9, 90), separate(9, 90);
+  ops().project(y.view(), x.view(), weight.packed, tasks, stream());
+  ops().linear(separate.view(), x.view(), weight.packed, stream());
+  ops().sbmm(separate.view(), x.view(), tasks, stream());
+  EXPECT_LT(relative_error(y, to_reference(separate)), 1e-6);
+  EXPECT_TRUE(y.guards_intact());
+  ops().project(y.view(), x.view(), weight.packed, {}, stream());
+  ops().linear(separate.view(), x.view(), weight.packed, stream());
+  EXPECT_LT(relative_error(y, to_reference(separate)), 1e-6);
+}
+
 // What a padded column's code or a NaN beyond x's end would do.
 TEST_P(SbmmTest, PaddingHasNoEffect) {
   for (const DeltaType type : kDeltaTypes) {

@@ -55,6 +55,7 @@ void append_rows(const RopeAppendParams& params, std::int64_t first, std::int64_
     for (int head = 0; head < params.num_heads + cache.num_kv_heads; ++head) {
       rotate(q + head * size, cosines, cosines + half, half);
     }
+    if (params.cache_slots[row] < 0) continue;
     const std::int64_t block = params.cache_slots[row] / cache.block_size;
     const std::int64_t offset = params.cache_slots[row] % cache.block_size;
     for (int head = 0; head < cache.num_kv_heads; ++head) {
