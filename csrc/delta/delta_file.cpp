@@ -119,6 +119,7 @@ Digest check_content(const SafetensorsFile& file, const Manifest& manifest, cons
     });
     const Digest digest = hash.finish();
     content.update(item.first).update(kNul);
+    content.update(safetensors_name(claimed.entry->view.dtype)).update(kNul);
     content.update(std::as_bytes(std::span(digest.bytes)));
   }
   return content.finish();

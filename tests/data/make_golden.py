@@ -150,7 +150,8 @@ def main() -> None:
         fields = (name, entry["type"], sizes, str(entry.get("group_size", 0)))
         content.update("".join(field + "\0" for field in fields).encode())
     for name in sorted(stored):
-        content.update(name.encode() + b"\0" + hashlib.sha256(stored[name].tobytes()).digest())
+        content.update(f"{name}\0{DTYPES[stored[name].dtype.name]}\0".encode())
+        content.update(hashlib.sha256(stored[name].tobytes()).digest())
     manifest = {
         "version": 1,
         "base_digest": base_digest,

@@ -110,17 +110,21 @@ def stored_of_matrix(name: str, matrix: QuantizedMatrix) -> dict[str, Stored]:
 
 
 def content_digest(
-    base_digest: str, entries: Mapping[str, Entry], stored_hashes: Mapping[str, bytes]
+    base_digest: str, entries: Mapping[str, Entry], stored: Mapping[str, tuple[str, bytes]]
 ) -> str:
-    """`content_digest` of docs/delta_format.md, hex. Hashes are SHA-256 of stored bytes."""
+    """`content_digest` of docs/delta_format.md, hex.
+
+    `stored` maps each stored tensor to its safetensors dtype and the SHA-256 of its bytes.
+    """
     sha = hashlib.sha256(b"deltazip.delta.v1\0" + base_digest.encode() + b"\0")
     for name in sorted(entries, key=str.encode):
         entry = entries[name]
         shape = ",".join(str(n) for n in entry.shape)
         group_size = entry.group_size if entry.type.is_matrix else 0
         sha.update(f"{name}\0{entry.type.value}\0{shape}\0{group_size}\0".encode())
-    for name in sorted(stored_hashes, key=str.encode):
-        sha.update(name.encode() + b"\0" + stored_hashes[name])
+    for name in sorted(stored, key=str.encode):
+        dtype, sha256 = stored[name]
+        sha.update(f"{name}\0{dtype}\0".encode() + sha256)
     return sha.hexdigest()
 
 
@@ -173,7 +177,9 @@ def write_delta(
         if len(data) != tensor.num_bytes:
             raise ValueError(f"'{name}' has {len(data)} bytes, expected {tensor.num_bytes}")
         hashes[name] = hashlib.sha256(data).digest()
-    digest = content_digest(base_digest, entries, hashes)
+    digest = content_digest(
+        base_digest, entries, {name: (stored[name].dtype, hashes[name]) for name in hashes}
+    )
     manifest = {
         "version": VERSION,
         "base_digest": base_digest,
@@ -358,8 +364,8 @@ class DeltaFile:
         Raises:
             DeltaFileError: the bytes are not those the file was written with.
         """
-        hashes = {name: hash_bytes(info) for name, info in self._infos.items()}
-        got = content_digest(self.base_digest, self.entries, hashes)
+        stored = {name: (info.dtype, hash_bytes(info)) for name, info in self._infos.items()}
+        got = content_digest(self.base_digest, self.entries, stored)
         if got != self.content_digest:
             raise DeltaFileError(
                 f"{self.path}: content digest is {got}, the manifest says {self.content_digest}"

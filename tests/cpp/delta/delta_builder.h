@@ -99,7 +99,7 @@ class DeltaBuilder {
     std::sort(tensors.begin(), tensors.end(), by_name);
     for (const auto& tensor : tensors) {
       const Digest digest = sha256(std::as_bytes(std::span(tensor.data)));
-      text += tensor.name + "\0"s +
+      text += tensor.name + "\0"s + tensor.dtype + "\0"s +
               std::string(reinterpret_cast<const char*>(digest.bytes.data()), digest.bytes.size());
     }
     return sha256(std::as_bytes(std::span(text)));

@@ -277,6 +277,16 @@ TEST(DeltaFile, EveryFlippedBitOfTheDataIsNoticed) {
   }
 }
 
+TEST(DeltaFile, EqualBytesOfAnotherDtypeAreOtherContent) {
+  DeltaBuilder builder;
+  builder.replaced("model.norm.weight", "BF16", {12});
+  const std::string as_bfloat16 = builder.content_digest().hex();
+  builder.stored.front().dtype = "F16";
+  EXPECT_EQ(parse_error(builder.str()), "");
+  builder.edits.emplace_back(builder.content_digest().hex(), as_bfloat16);
+  EXPECT_NE(parse_error(builder.str()).find("the manifest says " + as_bfloat16), std::string::npos);
+}
+
 TEST(DeltaFile, UnknownKeysAreIgnored) {
   DeltaBuilder builder = small_delta();
   builder.edits.emplace_back("\"version\":1,", "\"version\":1,\"later\":{\"a\":[1,2]},");

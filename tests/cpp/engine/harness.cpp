@@ -120,7 +120,8 @@ void write_delta(const TinyDelta& delta, const TinyModel& model, const Digest& b
   }
   for (const auto& [name, tensor] : stored) {
     const Digest digest = sha256(std::as_bytes(std::span(tensor.data)));
-    content.update(name + nul).update(std::as_bytes(std::span(digest.bytes)));
+    content.update(name + nul + tensor.dtype + nul);
+    content.update(std::as_bytes(std::span(digest.bytes)));
   }
 
   const nlohmann::json manifest = {{"version", 1},

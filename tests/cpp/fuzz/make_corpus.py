@@ -57,7 +57,8 @@ def delta(entries: dict[str, dict[str, Any]], tensors: Tensors) -> bytes:
         shape = ",".join(map(str, entry["shape"]))
         content.update(f"{name}\0{entry['type']}\0{shape}\0{entry.get('group_size', 0)}\0".encode())
     for name in sorted(tensors):
-        content.update(name.encode() + b"\0" + hashlib.sha256(tensors[name][2]).digest())
+        dtype, _, raw = tensors[name]
+        content.update(f"{name}\0{dtype}\0".encode() + hashlib.sha256(raw).digest())
     manifest = {
         "version": 1,
         "base_digest": base,

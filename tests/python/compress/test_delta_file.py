@@ -88,13 +88,30 @@ def test_content_digest_is_the_document_s(
     sha.update(b"a.weight\0unchanged\x003,4\x000\0")
     sha.update(b"b.weight\0sparse24_ternary\x006,96\x0064\0")
     sha.update(b"norm.weight\0replaced\x005\x000\0")
-    for name, data in (
-        ("b.weight.codes", packed["codes"].tobytes()),
-        ("b.weight.scales", packed["scales"].tobytes()),
-        ("norm.weight", norm.view(torch.int16).numpy().tobytes()),
+    for head, data in (
+        (b"b.weight.codes\0U8\0", packed["codes"].tobytes()),
+        (b"b.weight.scales\0F16\0", packed["scales"].tobytes()),
+        (b"norm.weight\0BF16\0", norm.view(torch.int16).numpy().tobytes()),
     ):
-        sha.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+        sha.update(head + hashlib.sha256(data).digest())
     assert sha.hexdigest() == digest
+
+
+def test_equal_bytes_of_another_dtype_are_other_content(tmp_path: Path) -> None:
+    values = torch.arange(1, 6, dtype=torch.bfloat16)
+    digests = set()
+    for dtype in (torch.bfloat16, torch.float16):
+        digests.add(
+            write_delta(
+                tmp_path / delta_file.FILE_NAME,
+                base_digest=BASE_DIGEST,
+                entries={"norm.weight": Entry(DeltaType.REPLACED, (5,))},
+                stored={"norm.weight": Stored.of_tensor(values.view(dtype))},
+                base={},
+                compressor={},
+            )
+        )
+    assert len(digests) == 2
 
 
 def test_a_flipped_bit_is_found(

@@ -177,7 +177,9 @@ def write_delta(folder: Path, base: Path, *, seed: int = 1, scale: float = 0.1) 
         parts = [name, str(row["type"]), shape, str(row.get("group_size", 0))]
         sha.update("".join(f"{part}\0" for part in parts).encode())
     for name in sorted(stored):
-        sha.update(name.encode() + b"\0" + hashlib.sha256(stored[name].tobytes()).digest())
+        dtype = {"uint8": "U8", "float16": "F16", "float32": "F32"}[stored[name].dtype.name]
+        sha.update(f"{name}\0{dtype}\0".encode())
+        sha.update(hashlib.sha256(stored[name].tobytes()).digest())
     whole = {
         "version": 1,
         "base_digest": base_hex,
