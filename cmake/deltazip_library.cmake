@@ -2,10 +2,11 @@
 # deltazip_test(NAME SOURCES ... DEPENDS ...): one GoogleTest binary, found by ctest.
 
 add_library(deltazip_options INTERFACE)
-target_compile_options(deltazip_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion
-                                                  -Wnon-virtual-dtor -fvisibility=hidden)
+target_compile_options(deltazip_options INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Wshadow;-Wconversion;-Wnon-virtual-dtor>
+  $<$<COMPILE_LANGUAGE:CXX>:-fvisibility=hidden>)
 if(DELTAZIP_WERROR)
-  target_compile_options(deltazip_options INTERFACE -Werror)
+  target_compile_options(deltazip_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 
 set(DELTAZIP_SANITIZE_FLAGS "")

@@ -238,12 +238,27 @@ TEST_P(RowwiseTest, RopeAppendRotatesAndStores) {
   }
 }
 
+TEST_P(RowwiseTest, RopeAppendStoresNothingForARowWithoutAPlace) {
+  std::vector<float> keys(2 * 4 * 8, 7.0F), values = keys;
+  const KvLayer cache{keys.data(), values.data(), 2, 1, 4, 8, DType::kFloat32};
+  Matrix qkv = Matrix::random(2, 3 * 8, rng_);
+  const Matrix angles = Matrix::random(1, 8, rng_);
+  const std::vector<std::int32_t> rows{0, 0};
+  const std::vector<std::int64_t> slots{-1, 5};
+  ops().rope_append(qkv.view(), angles.view(), rows, slots, cache, 1, stream());
+  for (std::size_t slot = 0; slot < 8; ++slot) {
+    const bool is_given = slot == 5;
+    EXPECT_EQ(values[slot * 8] == 7.0F, !is_given) << "slot " << slot;
+    EXPECT_EQ(keys[slot * 8] == 7.0F, !is_given) << "slot " << slot;
+  }
+}
+
 TEST_P(RowwiseTest, RopeAppendRefusesWhatDoesNotFit) {
   std::vector<float> memory(2 * 2 * 4 * 8);
   const KvLayer cache{memory.data(), memory.data(), 2, 2, 4, 8, DType::kFloat32};
   Matrix qkv(2, 8 * 8, 0.0F), angles(3, 8, 1.0F), narrow(2, 63, 0.0F), odd_angles(3, 6, 1.0F);
   const std::vector<std::int32_t> rows{0, 2}, high_rows{0, 3};
-  const std::vector<std::int64_t> slots{0, 7}, high_slots{0, 8}, negative{-1, 0};
+  const std::vector<std::int64_t> slots{0, 7}, high_slots{0, 8}, negative{-2, 0};
   const auto append =
       [&](TensorView x, ConstTensorView cos_sin, const std::vector<std::int32_t>& angle_rows,
           const std::vector<std::int64_t>& cache_slots, const KvLayer& layer, std::int32_t heads) {

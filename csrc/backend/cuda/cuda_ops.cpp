@@ -1,0 +1,22 @@
+#include "backend/cuda/cuda_ops.h"
+
+#include "backend/cuda/cuda_check.h"
+
+namespace deltazip::cuda {
+namespace {
+
+// Before the members that allocate on it.
+const DeviceInfo& on_device(const DeviceInfo& info) {
+  use_device(info.device);
+  return info;
+}
+
+}  // namespace
+
+CudaOps::CudaOps(const DeviceInfo& info)
+    : info_(on_device(info)),
+      project_(make_project_state()),
+      attention_(make_attention_state()),
+      sample_(make_sample_state()) {}
+
+}  // namespace deltazip::cuda

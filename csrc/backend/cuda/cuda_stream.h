@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "deltazip/backend/backend.h"
+
+namespace deltazip::cuda {
+
+class CudaStream final : public Stream {
+ public:
+  explicit CudaStream(int device);
+  ~CudaStream() override;
+  CudaStream(const CudaStream&) = delete;
+  CudaStream& operator=(const CudaStream&) = delete;
+
+  void synchronize() override;
+  cudaStream_t get() const { return stream_; }
+  // Called by synchronize(), once, after the stream has passed: unpacks what came back.
+  void when_passed(std::function<void()> call) { calls_.push_back(std::move(call)); }
+
+ private:
+  int device_;
+  cudaStream_t stream_ = nullptr;
+  std::vector<std::function<void()>> calls_;
+};
+
+CudaStream& to_cuda(Stream& stream);
+
+}  // namespace deltazip::cuda
