@@ -150,10 +150,12 @@ void check_disjoint(const char* op, std::span<const SbmmTask> tasks) {
   const auto task = [&](std::size_t i) -> const SbmmTask& {
     return tasks[static_cast<std::size_t>(order[i])];
   };
-  std::ranges::sort(order, {}, [&](std::int32_t t) {
+  const auto place = [&](std::int32_t t) {
     const SbmmTask& each = tasks[static_cast<std::size_t>(t)];
     return std::tuple(each.first_row, each.num_rows, each.out_offset);
-  });
+  };
+  // A model gives them in this order; sorting all of them would cost as much as a step's launches.
+  if (!std::ranges::is_sorted(order, {}, place)) std::ranges::sort(order, {}, place);
   for (std::size_t i = 1; i < order.size(); ++i) {
     const SbmmTask& before = task(i - 1);
     const SbmmTask& after = task(i);
@@ -292,7 +294,8 @@ void Ops::rope_append(TensorView qkv, ConstTensorView cos_sin,
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const auto i = static_cast<std::size_t>(row);
     check_index("rope_append", "angle row", angle_rows[i], cos_sin.size(0), row);
-    if (cache_slots[i] != -1) check_index("rope_append", "cache slot", cache_slots[i], num_slots, row);
+    if (cache_slots[i] != -1)
+      check_index("rope_append", "cache slot", cache_slots[i], num_slots, row);
   }
   if (num_rows == 0) return;
   run(RopeAppendParams{qkv.data, static_cast<const float*>(cos_sin.data), angle_rows.data(),

@@ -130,6 +130,7 @@ std::shared_ptr<const VariantWeights> Model::bind(const DeviceDelta& delta) cons
   const ModelConfig& config = impl_->config;
   const VariantWeights& base = impl_->weights.variant;
   auto out = std::make_shared<VariantWeights>();
+  out->id = ++impl_->last_variant;
   out->host = delta.host;
   const std::unique_ptr<Stream> stream = impl_->backend.create_stream();
   Binder binder(impl_->backend, config, base, delta, *out);

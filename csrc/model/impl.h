@@ -1,7 +1,9 @@
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "deltazip/model/model.h"
 #include "rope_table.h"
@@ -18,16 +20,22 @@ struct Model::Impl {
   ~Impl();
 
   ConstTensorView forward(const Batch& batch, KvCache& cache, Stream& stream);
-  ConstTensorView logits(const Batch& batch, TensorView residual, TensorView block, Stream& stream);
-  // y = x * weight^T, plus the deltas of the rows that have one.
-  void project(TensorView y, ConstTensorView x, const PackedMatrix& weight,
-               std::span<const SbmmTask> tasks, Stream& stream);
+  // The ops of a step, always in the same order for batches of equal shape.
+  void run_decoder(const Batch& batch, std::span<const std::int32_t> angle_rows,
+                   const KvCache& cache, Stream& stream);
+  void make_logits(const Batch& batch, TensorView residual, TensorView block, Stream& stream);
+  std::int32_t generation_of(const KvCache& cache);
 
   Backend& backend;
   ModelConfig config;
   BaseWeights weights;
   RopeTable rope;
   StepPlan plan;
+  const std::int32_t max_batch_tokens, max_logit_rows;
+  Batch padded;                                // a decode step of one of the backend's sizes
+  std::vector<KvLayer> last_cache;             // of the last padded step
+  std::int32_t cache_generation = 0;           // counts its changes
+  std::atomic<std::uint64_t> last_variant{0};  // bind() is for any thread
   std::unique_ptr<Scratch> scratch;
 };
 

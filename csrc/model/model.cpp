@@ -1,9 +1,11 @@
 #include "deltazip/model/model.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "deltazip/base/error.h"
 #include "impl.h"
+#include "padding.h"
 #include "tensors.h"
 
 namespace deltazip {
@@ -34,11 +36,14 @@ struct Model::Impl::Scratch {
 
   Scratch(Backend& backend, const ModelConfig& config, DType dtype, std::int64_t max_rows,
           std::int64_t max_logit_rows) {
-    const auto make = [&](std::int64_t rows, std::int64_t columns) {
-      TensorView view{nullptr, dtype, {rows, columns}};
+    const auto make_of = [&](DType type, std::int64_t rows, std::int64_t columns) {
+      TensorView view{nullptr, type, {rows, columns}};
       num_bytes += view.num_bytes();
       view.data = buffers.emplace_back(backend.allocate(view.num_bytes())).data();
       return view;
+    };
+    const auto make = [&](std::int64_t rows, std::int64_t columns) {
+      return make_of(dtype, rows, columns);
     };
     const std::int64_t hidden = config.hidden_size, inner = config.intermediate_size;
     const std::int64_t q_size = std::int64_t{config.num_heads} * config.head_dim;
@@ -50,7 +55,7 @@ struct Model::Impl::Scratch {
     last_residual = make(max_logit_rows, hidden);
     last_block = make(max_logit_rows, hidden);
     last_normed = make(max_logit_rows, hidden);
-    logits = make(max_logit_rows, config.vocab_size);
+    logits = make_of(DType::kFloat32, max_logit_rows, config.vocab_size);
   }
 
   Activations of(std::int64_t rows) const {
@@ -62,30 +67,58 @@ struct Model::Impl::Scratch {
 };
 
 Model::Impl::Impl(Backend& backend_in, const Checkpoint& checkpoint, const ModelConfig& config_in,
-                  std::int32_t max_batch_tokens, std::int32_t max_logit_rows,
+                  std::int32_t max_batch_tokens_in, std::int32_t max_logit_rows_in,
                   std::int64_t max_length)
     : backend(backend_in),
       config(config_in),
       weights(load_base_weights(backend_in, checkpoint, config_in)),
-      rope(backend_in, config, max_length == 0 ? config.max_length() : max_length, max_batch_tokens,
-           *backend_in.create_stream()),
-      plan(config, max_batch_tokens, max_logit_rows),
-      scratch(std::make_unique<Scratch>(backend_in, config,
-                                        backend_in.activation_dtype(weights.embedding.dtype),
-                                        max_batch_tokens, max_logit_rows)) {}
+      rope(backend_in, config, max_length == 0 ? config.max_length() : max_length,
+           max_batch_tokens_in, *backend_in.create_stream()),
+      plan(config, max_batch_tokens_in, max_logit_rows_in),
+      max_batch_tokens(max_batch_tokens_in),
+      max_logit_rows(max_logit_rows_in) {
+  const std::int32_t max_decode_rows =
+      rows_with_padding(backend, std::min(max_batch_tokens, max_logit_rows));
+  scratch = std::make_unique<Scratch>(
+      backend, config, backend.activation_dtype(weights.embedding.dtype),
+      std::max(max_batch_tokens, max_decode_rows), std::max(max_logit_rows, max_decode_rows));
+}
 
 Model::Impl::~Impl() = default;
 
-void Model::Impl::project(TensorView y, ConstTensorView x, const PackedMatrix& weight,
-                          std::span<const SbmmTask> tasks, Stream& stream) {
-  backend.ops().linear(y, x, weight, stream);
-  if (!tasks.empty()) backend.ops().sbmm(y, x, tasks, stream);
+ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream& stream) {
+  plan.check(batch, max_batch_tokens, max_logit_rows);
+  const auto num_rows = static_cast<std::int32_t>(batch.tokens.size());
+  const std::int32_t num_padded = is_decode(batch) ? backend.padded_rows(num_rows) : 0;
+  if (num_padded == 0) {
+    plan.build(batch);
+    run_decoder(batch, rope.rows(batch.positions, batch.rope_lengths, stream), cache, stream);
+  } else {
+    const std::int32_t capacity = padded_task_capacity(batch, &weights.variant);
+    pad_decode(batch, num_padded, &weights.variant, padded);
+    plan.build(padded, capacity);
+    const auto angle_rows = rope.rows(padded.positions, padded.rope_lengths, stream);
+    backend.run_step({num_padded, capacity, generation_of(cache), 0}, stream,
+                     [&] { run_decoder(padded, angle_rows, cache, stream); });
+  }
+  return first_rows(scratch->logits, static_cast<std::int64_t>(batch.logit_rows.size()));
 }
 
-ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream& stream) {
-  plan.build(batch);
-  const std::span<const std::int32_t> angle_rows =
-      rope.rows(batch.positions, batch.rope_lengths, stream);
+// Equal keys of steps promise equal pointers, those of the cache included.
+std::int32_t Model::Impl::generation_of(const KvCache& cache) {
+  bool is_same = !last_cache.empty();
+  last_cache.resize(static_cast<std::size_t>(config.num_layers));
+  for (std::int32_t i = 0; i < config.num_layers; ++i) {
+    KvLayer& last = last_cache[static_cast<std::size_t>(i)];
+    is_same = is_same && last == cache.layer(i);
+    last = cache.layer(i);
+  }
+  if (!is_same) ++cache_generation;
+  return cache_generation;
+}
+
+void Model::Impl::run_decoder(const Batch& batch, std::span<const std::int32_t> angle_rows,
+                              const KvCache& cache, Stream& stream) {
   const auto num_rows = static_cast<std::int64_t>(batch.tokens.size());
   const Activations a = scratch->of(num_rows);
   const float scale = 1.0F / std::sqrt(static_cast<float>(config.head_dim));
@@ -98,7 +131,7 @@ ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream&
     const KvLayer& kv = cache.layer(i);
     ops.rms_norm(a.normed, a.residual, added, plan.vectors(i, &VariantLayer::input_norm),
                  config.rms_norm_epsilon, stream);
-    project(a.qkv, a.normed, layer.qkv, plan.tasks(i, Product::kQkv), stream);
+    ops.project(a.qkv, a.normed, layer.qkv, plan.tasks(i, Product::kQkv), stream);
     if (config.attention_bias) {
       ops.bias_add(a.qkv, plan.vectors(i, &VariantLayer::qkv_bias), stream);
     }
@@ -107,32 +140,31 @@ ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream&
     // Nobody reads what the last layer makes of these rows, only their keys and values.
     if (i + 1 == config.num_layers && batch.logit_rows.empty()) break;
     ops.paged_attention(a.attended, a.qkv, kv, batch.sequences, config.num_heads, scale, stream);
-    project(a.block, a.attended, layer.o, plan.tasks(i, Product::kO), stream);
+    ops.project(a.block, a.attended, layer.o, plan.tasks(i, Product::kO), stream);
     if (config.attention_bias) {
       ops.bias_add(a.block, plan.vectors(i, &VariantLayer::o_bias), stream);
     }
 
     ops.rms_norm(a.normed, a.residual, a.block, plan.vectors(i, &VariantLayer::post_attention_norm),
                  config.rms_norm_epsilon, stream);
-    project(a.gate_up, a.normed, layer.gate_up, plan.tasks(i, Product::kGateUp), stream);
+    ops.project(a.gate_up, a.normed, layer.gate_up, plan.tasks(i, Product::kGateUp), stream);
     if (config.mlp_bias) {
       ops.bias_add(a.gate_up, plan.vectors(i, &VariantLayer::gate_up_bias), stream);
     }
     ops.silu_mul(a.inner, a.gate_up, stream);
-    project(a.block, a.inner, layer.down, plan.tasks(i, Product::kDown), stream);
+    ops.project(a.block, a.inner, layer.down, plan.tasks(i, Product::kDown), stream);
     if (config.mlp_bias) {
       ops.bias_add(a.block, plan.vectors(i, &VariantLayer::down_bias), stream);
     }
     added = a.block;
   }
-  return logits(batch, a.residual, a.block, stream);
+  make_logits(batch, a.residual, a.block, stream);
 }
 
-ConstTensorView Model::Impl::logits(const Batch& batch, TensorView residual, TensorView block,
-                                    Stream& stream) {
+void Model::Impl::make_logits(const Batch& batch, TensorView residual, TensorView block,
+                              Stream& stream) {
   const auto num_rows = static_cast<std::int64_t>(batch.logit_rows.size());
-  const TensorView out = first_rows(scratch->logits, num_rows);
-  if (num_rows == 0) return out;
+  if (num_rows == 0) return;
   Ops& ops = backend.ops();
   if (num_rows < residual.size(0)) {
     const TensorView gathered_residual = first_rows(scratch->last_residual, num_rows);
@@ -144,8 +176,8 @@ ConstTensorView Model::Impl::logits(const Batch& batch, TensorView residual, Ten
   }
   const TensorView normed = first_rows(scratch->last_normed, num_rows);
   ops.rms_norm(normed, residual, block, plan.final_norms(), config.rms_norm_epsilon, stream);
-  project(out, normed, weights.lm_head, plan.lm_head_tasks(), stream);
-  return out;
+  ops.project(first_rows(scratch->logits, num_rows), normed, weights.lm_head, plan.lm_head_tasks(),
+              stream);
 }
 
 Model::Model(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,

@@ -7,10 +7,7 @@
 namespace deltazip {
 
 StepPlan::StepPlan(const ModelConfig& config, std::int32_t max_rows, std::int32_t max_logit_rows)
-    : config_(config),
-      max_rows_(max_rows),
-      max_logit_rows_(max_logit_rows),
-      kinds_{&VariantLayer::input_norm, &VariantLayer::post_attention_norm} {
+    : config_(config), kinds_{&VariantLayer::input_norm, &VariantLayer::post_attention_norm} {
   if (config.attention_bias) {
     kinds_.insert(kinds_.end(), {&VariantLayer::qkv_bias, &VariantLayer::o_bias});
   }
@@ -24,18 +21,34 @@ StepPlan::StepPlan(const ModelConfig& config, std::int32_t max_rows, std::int32_
   task_ends_.reserve(static_cast<std::size_t>(config.num_layers) * kNumProducts);
 }
 
-void StepPlan::build(const Batch& batch) {
-  check(batch);
-  num_rows_ = batch.tokens.size();
-  add_vectors(batch);
-  add_tasks(batch);
+void StepPlan::build(const Batch& batch, std::int32_t task_capacity) {
+  if (!is_built_for(batch, task_capacity)) {
+    add_vectors(batch);
+    add_tasks(batch);
+  }
   add_logit_rows(batch);
 }
 
-void StepPlan::check(const Batch& batch) const {
+bool StepPlan::is_built_for(const Batch& batch, std::int32_t task_capacity) {
+  const auto same = [](const BuiltSegment& built, const Segment& segment) {
+    return built == BuiltSegment{segment.variant->id, segment.first_row, segment.num_rows};
+  };
+  if (task_capacity == task_capacity_ && std::ranges::equal(built_, batch.segments, same)) {
+    return true;
+  }
+  num_rows_ = batch.tokens.size();
+  task_capacity_ = task_capacity;
+  built_.clear();
+  for (const Segment& segment : batch.segments) {
+    built_.push_back({segment.variant->id, segment.first_row, segment.num_rows});
+  }
+  return false;
+}
+
+void StepPlan::check(const Batch& batch, std::int32_t max_rows, std::int32_t max_logit_rows) const {
   const std::size_t rows = batch.tokens.size();
-  DZ_CHECK(rows > 0 && rows <= static_cast<std::size_t>(max_rows_), "batch: expected 1 to ",
-           max_rows_, " rows, got ", rows);
+  DZ_CHECK(rows > 0 && rows <= static_cast<std::size_t>(max_rows), "batch: expected 1 to ",
+           max_rows, " rows, got ", rows);
   DZ_CHECK(batch.positions.size() == rows && batch.cache_slots.size() == rows &&
                batch.rope_lengths.size() == rows,
            "batch: ", rows, " tokens, but ", batch.positions.size(), " positions, ",
@@ -51,8 +64,8 @@ void StepPlan::check(const Batch& batch) const {
   DZ_CHECK(next_row == static_cast<std::int64_t>(rows), "batch: segments cover ", next_row,
            " rows of ", rows);
 
-  DZ_CHECK(batch.logit_rows.size() <= static_cast<std::size_t>(max_logit_rows_), "batch: at most ",
-           max_logit_rows_, " logit rows, got ", batch.logit_rows.size());
+  DZ_CHECK(batch.logit_rows.size() <= static_cast<std::size_t>(max_logit_rows), "batch: at most ",
+           max_logit_rows, " logit rows, got ", batch.logit_rows.size());
   std::int64_t previous = -1;
   for (const std::int32_t row : batch.logit_rows) {
     DZ_CHECK(row > previous && row < static_cast<std::int64_t>(rows),
@@ -84,28 +97,28 @@ void StepPlan::add_tasks(const Batch& batch) {
   const std::int64_t kv_size = std::int64_t{config_.num_kv_heads} * config_.head_dim;
   struct Part {
     DeltaMatrix VariantLayer::* delta;
-    Product product;
     std::int64_t out_offset;
   };
-  const std::array<Part, 7> parts = {{
-      {&VariantLayer::q, Product::kQkv, 0},
-      {&VariantLayer::k, Product::kQkv, q_size},
-      {&VariantLayer::v, Product::kQkv, q_size + kv_size},
-      {&VariantLayer::o, Product::kO, 0},
-      {&VariantLayer::gate, Product::kGateUp, 0},
-      {&VariantLayer::up, Product::kGateUp, config_.intermediate_size},
-      {&VariantLayer::down, Product::kDown, 0},
+  const std::array<std::vector<Part>, kNumProducts> products = {{
+      {{&VariantLayer::q, 0}, {&VariantLayer::k, q_size}, {&VariantLayer::v, q_size + kv_size}},
+      {{&VariantLayer::o, 0}},
+      {{&VariantLayer::gate, 0}, {&VariantLayer::up, config_.intermediate_size}},
+      {{&VariantLayer::down, 0}},
   }};
   tasks_.clear();
-  task_ends_.assign(static_cast<std::size_t>(config_.num_layers) * kNumProducts, 0);
+  task_ends_.clear();
   for (std::size_t layer = 0; layer < static_cast<std::size_t>(config_.num_layers); ++layer) {
-    for (const Part& part : parts) {
+    for (const std::vector<Part>& parts : products) {
+      const std::size_t first = tasks_.size();
+      // By rows, then by columns: so Ops sees at a glance that none overlap.
       for (const Segment& segment : batch.segments) {
-        const DeltaMatrix& delta = segment.variant->layers[layer].*part.delta;
-        if (delta.data == nullptr) continue;
-        tasks_.push_back({delta, segment.first_row, segment.num_rows, part.out_offset});
+        for (const Part& part : parts) {
+          add_task(tasks_, segment.variant->layers[layer].*part.delta, segment.first_row,
+                   segment.num_rows, part.out_offset);
+        }
       }
-      task_ends_[layer * kNumProducts + static_cast<std::size_t>(part.product)] = tasks_.size();
+      fill_up(tasks_, first, parts.size());
+      task_ends_.push_back(tasks_.size());
     }
   }
 }
@@ -121,10 +134,26 @@ void StepPlan::add_logit_rows(const Batch& batch) {
       final_norms_.push_back(segment.variant->final_norm);
       ++next;
     }
-    if (next == first || segment.variant->lm_head.data == nullptr) continue;
-    lm_head_tasks_.push_back({segment.variant->lm_head, static_cast<std::int32_t>(first),
-                              static_cast<std::int32_t>(next - first), 0});
+    if (next == first) continue;
+    add_task(lm_head_tasks_, segment.variant->lm_head, static_cast<std::int32_t>(first),
+             static_cast<std::int32_t>(next - first), 0);
   }
+  fill_up(lm_head_tasks_, 0, 1);
+}
+
+void StepPlan::add_task(std::vector<SbmmTask>& tasks, const DeltaMatrix& delta,
+                        std::int32_t first_row, std::int32_t num_rows,
+                        std::int64_t out_offset) const {
+  if (delta.data != nullptr) tasks.push_back({delta, first_row, num_rows, out_offset});
+}
+
+void StepPlan::fill_up(std::vector<SbmmTask>& tasks, std::size_t first,
+                       std::size_t num_matrices) const {
+  if (task_capacity_ == kAsNeeded) return;
+  const std::size_t end = first + num_matrices * static_cast<std::size_t>(task_capacity_);
+  DZ_INTERNAL(tasks.size() <= end, "a padded step has ", task_capacity_, " tasks for each matrix, ",
+              tasks.size() - first, " are needed for ", num_matrices);
+  tasks.resize(end);
 }
 
 std::span<const float* const> StepPlan::vectors(std::int32_t layer, LayerVector which) const {

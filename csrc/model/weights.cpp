@@ -50,7 +50,7 @@ class Loader {
     Buffer buffer = allocate(backend_.packed_bytes(dtype, rows, columns));
     backend_.pack_weight(buffer.data(), stacked, *stream_);
     stream_->synchronize();  // the staging memory is used again
-    PackedMatrix packed{buffer.data(), dtype, rows, columns};
+    PackedMatrix packed{buffer.data(), backend_.packed_dtype(dtype), rows, columns};
     out_.buffers.push_back(std::move(buffer));
     return packed;
   }

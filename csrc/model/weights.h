@@ -25,6 +25,7 @@ struct VariantLayer {
 };
 
 struct VariantWeights {
+  std::uint64_t id = 0;  // never used twice by one model, unlike an address; 0: the base
   std::vector<VariantLayer> layers;
   const float* final_norm = nullptr;  // [hidden_size]
   DeltaMatrix embedding, lm_head;

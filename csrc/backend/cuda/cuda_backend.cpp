@@ -180,6 +180,7 @@ class CudaBackend final : public Backend {
   }
   bool shares_host_memory() const override { return false; }
   DType activation_dtype(DType) const override { return info_.compute_dtype; }
+  DType packed_dtype(DType) const override { return info_.compute_dtype; }
 
   Buffer allocate(std::size_t num_bytes) override {
     const std::size_t size = std::max<std::size_t>(num_bytes, 1);

@@ -79,6 +79,8 @@ class Backend {
   virtual MemoryInfo memory_info() const = 0;
   virtual bool shares_host_memory() const = 0;  // device pointers may be read by the host
   virtual DType activation_dtype(DType weight_dtype) const = 0;  // CPU: always float32
+  // What pack_weight makes of a checkpoint's dtype. CPU: the same.
+  virtual DType packed_dtype(DType dtype) const { return dtype; }
 
   virtual Buffer allocate(std::size_t num_bytes) = 0;       // throws ResourceExhausted
   virtual Buffer allocate_host(std::size_t num_bytes) = 0;  // pinned where that exists

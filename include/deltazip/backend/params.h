@@ -98,6 +98,8 @@ struct KvLayer {
   void* values = nullptr;
   std::int32_t num_blocks = 0, num_kv_heads = 0, block_size = 0, head_dim = 0;
   DType dtype = DType::kFloat32;
+
+  bool operator==(const KvLayer&) const = default;
 };
 
 // Rotates q and k (rotate-half convention) and stores k and v at their slots of the cache.

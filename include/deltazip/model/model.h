@@ -73,9 +73,9 @@ class Model {
   // Any thread. The result points into `delta`, which must outlive it.
   std::shared_ptr<const VariantWeights> bind(const DeviceDelta& delta) const;
 
-  // Returns logits [logit_rows, vocab_size] on the device, valid until the next call; of the
-  // backend's activation dtype (float32 on the CPU). `batch` must live until the stream has
-  // passed, and the stream must have passed before the next call.
+  // Returns logits, float32 [logit_rows, vocab_size] on the device, valid until the next call.
+  // `batch` must live until the stream has passed, and the stream must have passed before the next
+  // call. A decode step (one row each, all logits wanted) is padded to one of the backend's sizes.
   ConstTensorView forward(const Batch& batch, KvCache& cache, Stream& stream);
 
  private:

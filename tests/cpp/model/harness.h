@@ -9,6 +9,7 @@
 #include <optional>
 #include <random>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "deltazip/backend/backend.h"
@@ -34,7 +35,10 @@ class Harness {
   };
 
   Harness(const std::filesystem::path& folder, const Options& options)
-      : backend_(make_backend("cpu", options.backend)),
+      : Harness(folder, options, make_backend("cpu", options.backend)) {}
+  Harness(const std::filesystem::path& folder, const Options& options,
+          std::unique_ptr<Backend> backend)
+      : backend_(std::move(backend)),
         stream_(backend_->create_stream()),
         checkpoint_(Checkpoint::open(folder)),
         model_(*backend_, checkpoint_, ModelConfig::parse(checkpoint_.config_json()),
