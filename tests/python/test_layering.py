@@ -43,7 +43,7 @@ NEVER_IN_PUBLIC_HEADERS = re.compile(
 DEVICE_CODE = re.compile(r"__global__|__device__|<<<")
 
 # Python, lowest first: a module may import those of lower ranks and of its own package.
-PYTHON_RANKS = {"_C": 0, "compress": 2, "server": 2, "cli": 3, "__main__": 4}
+PYTHON_RANKS = {"_C": 0, "compress": 2, "server": 2, "bench": 2, "cli": 3, "__main__": 4}
 TOP_LEVEL_RANK = 1  # engine, tokenizer, chat_template, llm and what else stands in deltazip/
 COMPRESS_ONLY = {"torch", "transformers", "accelerate"}
 FORBIDDEN_MODULES = {

@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "inspection",
     "evaluate": "evaluate",
     "export": "export",
+    "bench": "bench",
     "serve": "serve",
 }
 

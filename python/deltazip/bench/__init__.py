@@ -1,0 +1,1 @@
+"""Benchmarks of the engine itself, without HTTP: what `deltazip bench` runs."""
