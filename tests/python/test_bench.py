@@ -28,7 +28,7 @@ def test_every_mode_on_random_weights(tmp_path: Path) -> None:
     status, text, errors = run(
         "latency", "prefill", "throughput", "load", "--shape", "tiny", "--variants", 5,
         "--format", "ternary", "--embedding-format", "int4", "--distinct", 2,
-        "--mix", "base,even,zipf:4", "--batch", "2,3", "--prompt", 40, "--output", 12,
+        "--mix", "base,even,zipf:4", "--batch", "2,3", "--prompt", 40, "--output", 64,
         "--prefill-prompt", 64, "--requests", 24, "--rounds", 2, "--json", out,
         "--workdir", tmp_path / "files",
     )  # fmt: skip
