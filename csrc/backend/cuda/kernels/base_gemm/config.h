@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+
+namespace deltazip::cuda::base_gemm {
+
+// A tensor map with 128-byte swizzle has boxes of 128 bytes a row: 64 elements along k.
+inline constexpr int kBoxColumns = 64;
+inline constexpr int kBoxRowBytes = 128;
+
+// Weights of one stage. From 12 KB a stage on, one producer reaches the read stream's full rate.
+inline constexpr int kStageWeightBytes = 16 * 1024;
+
+// Two CTAs and a small kernel between them fit one SM (228 KB), so that the next product's weights
+// are on their way while this one ends; 48 KB in flight per SM are enough to saturate HBM3.
+inline constexpr int kRingBytes = 102 * 1024;
+
+// A share smaller than this costs more to add up than it saves to read.
+inline constexpr int kMinUnitsPerCta = 4;
+
+inline constexpr int kMaxTokens = 128;
+
+// Out rows of one block and of one warp. All tiles have stages of kStageWeightBytes.
+struct Tile {
+  int rows = 128;
+  int warp_rows = 16;
+  bool fetches_256 = true;  // L2 takes 256 bytes of a row where 128 are asked for
+};
+
+// B fragments are read once per warp: from 64 tokens on, wider warps halve that traffic, which
+// is then the larger part of what shared memory carries.
+constexpr Tile default_tile(int num_tokens) { return {128, num_tokens > 32 ? 32 : 16}; }
+
+// Units of work: one stage of one block each, k fastest.
+struct Schedule {
+  std::uint32_t units_per_block = 0;
+  std::uint32_t num_units = 0;
+  std::uint32_t num_ctas = 0;
+
+  // Equal contiguous shares; owner() is the inverse of first_unit().
+  constexpr std::uint32_t first_unit(std::uint32_t cta) const {
+    return static_cast<std::uint32_t>(std::uint64_t{cta} * num_units / num_ctas);
+  }
+  constexpr std::uint32_t owner(std::uint32_t unit) const {
+    return static_cast<std::uint32_t>((std::uint64_t{unit + 1} * num_ctas - 1) / num_units);
+  }
+};
+
+constexpr Schedule make_schedule(std::int64_t out_features, std::int64_t in_features, int num_sms,
+                                 Tile tile) {
+  const int unit_columns = kStageWeightBytes / (tile.rows * 2);
+  const std::int64_t blocks = (out_features + tile.rows - 1) / tile.rows;
+  const std::int64_t units_per_block = (in_features + unit_columns - 1) / unit_columns;
+  const std::int64_t num_units = blocks * units_per_block;
+  const std::int64_t wanted = (num_units + kMinUnitsPerCta - 1) / kMinUnitsPerCta;
+  return {static_cast<std::uint32_t>(units_per_block), static_cast<std::uint32_t>(num_units),
+          static_cast<std::uint32_t>(wanted < num_sms ? wanted : num_sms)};
+}
+
+}  // namespace deltazip::cuda::base_gemm
