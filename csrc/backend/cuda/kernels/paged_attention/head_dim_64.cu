@@ -1,0 +1,9 @@
+#include "backend/cuda/kernels/paged_attention/instantiate.cuh"
+
+namespace deltazip::cuda {
+
+template void prepare_head_dim<64>(DType);
+template void launch_head_dim<64>(const PagedAttentionArgs&, const PagedAttentionLaunch&,
+                                  cudaStream_t);
+
+}  // namespace deltazip::cuda
