@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,7 +34,12 @@ void bind_engine(pybind11::module_& module) {
           },
           py::arg("request_id"), py::arg("variant"), py::arg("prompt"), py::arg("sampling"),
           py::arg("priority") = 0, py::arg("cache_salt") = "", Unlocked())
-      .def("cancel", &Engine::cancel, py::arg("request_id"), Unlocked())
+      .def(
+          "cancel",
+          [](Engine& self, std::int64_t request_id, std::optional<std::int32_t> choice) {
+            choice ? self.cancel(request_id, *choice) : self.cancel(request_id);
+          },
+          py::arg("request_id"), py::arg("choice") = py::none(), Unlocked())
       .def("poll", &Engine::poll, py::arg("max_events") = 256, py::arg("timeout_ms") = 100,
            Unlocked())
       .def("stats", &Engine::stats, Unlocked())

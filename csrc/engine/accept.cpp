@@ -64,7 +64,12 @@ void Loop::handle(Submit& command) {
 
 void Loop::handle(Cancel& command) {
   ActiveRequest* request = requests_.find(command.request_id);
-  if (request != nullptr) end_request(*request, Finish::kCancelled, "");
+  if (request == nullptr) return;
+  if (command.choice == kAllChoices) {
+    end_request(*request, Finish::kCancelled, "");
+  } else {
+    cancel_choice({request, command.choice});
+  }
 }
 
 void Loop::handle(AddVariant& command) {

@@ -82,7 +82,8 @@ bool Loop::take_token(ChoiceRef choice, const SampledToken& sampled) {
   ActiveRequest& request = *choice.request;
   Choice& state = choice.choice();
   const SamplingParams& params = request.request.sampling;
-  const Verdict verdict = judge(params, request.stop_tokens, state.num_output, sampled.token);
+  Verdict verdict = judge(params, request.stop_tokens, state.num_output, sampled.token);
+  if (state.is_unwanted) verdict = {.finish = Finish::kCancelled, .is_output = false};
 
   OutputEvent event = event_for(choice);
   event.finish = verdict.finish;
@@ -94,7 +95,7 @@ bool Loop::take_token(ChoiceRef choice, const SampledToken& sampled) {
     event.tokens.push_back(sampled.token);
     if (params.logprobs >= 0) event.logprobs.push_back(to_logprobs(sampled));
     ++state.num_output;
-  } else {
+  } else if (verdict.finish == Finish::kStop) {
     event.stop_token = sampled.token;
   }
   events_.push_back(std::move(event));
@@ -126,6 +127,22 @@ void Loop::end_choice(ChoiceRef choice) {
   if (--request.num_open > 0) return;
   ended_.push_back(request.request.id);
   ++stats_.num_finished;
+}
+
+void Loop::cancel_choice(ChoiceRef choice) {
+  Choice& state = choice.choice();
+  if (state.is_done) return;
+  state.is_unwanted = true;
+  const bool is_last = std::ranges::all_of(
+      choice.request->choices, [](const Choice& each) { return each.is_done || each.is_unwanted; });
+  if (is_last) return end_request(*choice.request, Finish::kCancelled, "");
+  if (state.num_output == 0) return;  // its siblings are forked from choice 0 at the first token
+  const SequenceId sequence = state.sequence;
+  OutputEvent event = event_for(choice);
+  event.finish = Finish::kCancelled;
+  events_.push_back(std::move(event));
+  end_choice(choice);
+  if (sequence != kNoSequence) scheduler_.cancel(sequence);
 }
 
 void Loop::end_request(ActiveRequest& request, Finish finish, const std::string& error) {

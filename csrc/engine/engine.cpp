@@ -14,6 +14,7 @@
 namespace deltazip {
 
 using engine::FrontDesk;
+using engine::kAllChoices;
 using engine::Loop;
 using engine::Outbox;
 using engine::Resources;
@@ -82,7 +83,12 @@ void Engine::submit(Request request) {
   impl_->desk.submit(std::move(request));
 }
 
-void Engine::cancel(std::int64_t request_id) { impl_->desk.cancel(request_id); }
+void Engine::cancel(std::int64_t request_id) { impl_->desk.cancel(request_id, kAllChoices); }
+
+void Engine::cancel(std::int64_t request_id, std::int32_t choice) {
+  DZ_CHECK(choice >= 0, "choice must not be negative, got ", choice);
+  impl_->desk.cancel(request_id, choice);
+}
 
 std::vector<OutputEvent> Engine::poll(std::int32_t max_events, std::int32_t timeout_ms) {
   DZ_CHECK(max_events > 0, "max_events must be at least 1, got ", max_events);

@@ -94,16 +94,19 @@ void FrontDesk::submit(Request request) {
   if (stats_.scheduler.num_waiting + num_taken_ + num_submits_ >= max_waiting_) {
     detail::fail<ResourceExhausted>("the queue is full: ", max_waiting_, " requests wait");
   }
-  alive_.emplace(request.id, Alive::kYes);
+  alive_.emplace(request.id, Alive{request.sampling.n, {}});
   put(Submit{std::move(request), std::move(variant)});
 }
 
-void FrontDesk::cancel(std::int64_t request_id) {
+void FrontDesk::cancel(std::int64_t request_id, std::int32_t choice) {
   const std::lock_guard lock(mutex_);
   const auto found = alive_.find(request_id);
-  if (found == alive_.end() || found->second == Alive::kCancelled) return;
-  found->second = Alive::kCancelled;
-  put(Cancel{request_id});
+  if (found == alive_.end()) return;
+  Alive& request = found->second;
+  DZ_CHECK(choice < request.num_choices, "request ", request_id, " has ", request.num_choices,
+           " choices, asked to cancel number ", choice);
+  if (request.cancelled.contains(kAllChoices)) return;
+  if (request.cancelled.insert(choice).second) put(Cancel{request_id, choice});
 }
 
 bool FrontDesk::call(std::function<void()> function) {

@@ -23,8 +23,11 @@ struct Submit {
   Request request;
   std::shared_ptr<VariantRecord> variant;
 };
+inline constexpr std::int32_t kAllChoices = -1;
+
 struct Cancel {
   std::int64_t request_id;
+  std::int32_t choice;  // or kAllChoices
 };
 struct AddVariant {
   std::shared_ptr<VariantRecord> variant;
@@ -56,7 +59,7 @@ class FrontDesk {
   std::vector<VariantInfo> variants() const;                           // the base first
   std::shared_ptr<VariantRecord> find(const std::string& name) const;  // throws NotFound
   void submit(Request request);  // throws NotFound, InvalidArgument, ResourceExhausted
-  void cancel(std::int64_t request_id);
+  void cancel(std::int64_t request_id, std::int32_t choice);  // or kAllChoices
   // Waits until `function` has run on the engine's thread, and throws what it threw. False: the
   // engine has stopped and it did not run.
   bool call(std::function<void()> function);
@@ -86,9 +89,12 @@ class FrontDesk {
   const std::int32_t max_waiting_;
   std::map<std::string, std::shared_ptr<VariantRecord>> variants_;  // without the base
   std::set<std::string> reserved_;
-  enum class Alive : std::uint8_t { kYes, kCancelled };
+  struct Alive {
+    std::int32_t num_choices = 0;
+    std::set<std::int32_t> cancelled;  // choices, kAllChoices too
+  };
   std::unordered_map<std::int64_t, Alive> alive_;  // by request id
-  std::deque<Command> inbox_;     // bounded: admission, one cancel a request, one change a variant
+  std::deque<Command> inbox_;     // bounded: admission, one cancel a choice, one change a variant
   std::int32_t num_submits_ = 0;  // in the inbox
   std::int32_t num_taken_ = 0;    // taken from it, not yet in stats_
   EngineStats stats_;

@@ -62,6 +62,7 @@ class Loop {
   void commit(const Plan& plan, const StepInput& input, const Samples& samples);
   bool take_token(ChoiceRef choice, const SampledToken& sampled);  // true: it was the last
   void end_choice(ChoiceRef choice);
+  void cancel_choice(ChoiceRef choice);
   void end_request(ActiveRequest& request, Finish finish, const std::string& error);
   void set_running(ChoiceRef choice, bool is_running);
   void publish();

@@ -21,6 +21,7 @@ struct Choice {
   std::int32_t num_output = 0;
   bool is_running = false;  // in a batch since its last preemption
   bool is_done = false;
+  bool is_unwanted = false;  // cancelled; before its first token, it ends with that
 };
 
 struct ActiveRequest {

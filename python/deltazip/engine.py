@@ -118,6 +118,11 @@ class Mailbox:
             self._engine._forget(request_id)
             self._engine.core.cancel(request_id)
 
+    def cancel_choice(self, request_id: int, choice: int) -> None:
+        """Stops one choice while its siblings go on. Its end still arrives as a chunk."""
+        if request_id in self.live:
+            self._engine.core.cancel(request_id, choice)
+
     def close(self) -> None:
         """Stops whatever still runs. Always call it; more than once is fine."""
         for request_id in list(self.live):

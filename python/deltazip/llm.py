@@ -301,8 +301,12 @@ class LLM:
                     raise RuntimeError(f"the engine ended: {stats.failure or 'it was closed'}")
                 for event in events:
                     job = running.get(event.request_id)
-                    if job is not None and self._take(event, job):
-                        self._engine.cancel(event.request_id)
+                    if job is None or job.is_done[event.choice]:
+                        continue
+                    if self._take(event, job) and event.finish is _C.Finish.NONE:
+                        # A stop text, unknown to the engine. Other choices go on.
+                        self._engine.cancel(event.request_id, event.choice)
+                    if all(job.is_done):
                         del running[event.request_id]
                         advance()
         finally:
@@ -329,7 +333,7 @@ class LLM:
             self._next_id += 1
 
     def _take(self, event: _C.OutputEvent, job: _Job) -> bool:
-        """Adds an event to its job; whether the job is done."""
+        """Adds an event to its job; whether its choice is done."""
         finish = event.finish.name
         if finish in ("ERROR", "CANCELLED"):
             raise RuntimeError(event.error or "the engine cancelled a request")
@@ -337,8 +341,6 @@ class LLM:
         output.num_cached_tokens = max(output.num_cached_tokens, event.num_cached_prompt_tokens)
         if entries := event.prompt_logprobs:
             output.prompt_logprobs = [None if e is None else _logprob(e) for e in entries]
-        if job.is_done[event.choice]:
-            return False
         tokens = event.tokens
         text = job.texts[event.choice]
         piece, num_used = text.push(tokens)
@@ -353,7 +355,7 @@ class LLM:
             completion.finish_reason = "stop"
         completion.text += piece
         job.is_done[event.choice] = bool(completion.finish_reason)
-        return all(job.is_done)
+        return job.is_done[event.choice]
 
 
 def _plain(message: Message) -> dict[str, Any]:

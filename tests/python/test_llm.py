@@ -112,6 +112,26 @@ def test_stop_texts(llm: LLM, tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(completion.token_ids).startswith(completion.text)
 
 
+def test_a_stopped_choice_is_not_computed_on(llm: LLM) -> None:
+    def params(stop: list[str]) -> SamplingParams:
+        return SamplingParams(
+            n=2, seed=5, temperature=1.5, max_tokens=300, ignore_eos=True, stop=stop
+        )
+
+    def num_computed() -> int:
+        return llm._engine.variants()[0].num_output_tokens
+
+    before = num_computed()
+    first, second = (c.text for c in llm.generate("the fox", params([]))[0].outputs)
+    assert num_computed() - before == 600
+    stop = next(first[i : i + 3] for i in range(len(first)) if first[i : i + 3] not in second)
+    before = num_computed()
+    cut, whole = llm.generate("the fox", params([stop]))[0].outputs
+    assert cut.text == first[: first.index(stop)] and cut.finish_reason == "stop"
+    assert whole.text == second and whole.finish_reason == "length"
+    assert num_computed() - before < 600
+
+
 def test_without_a_limit_the_context_is_the_limit(llm: LLM) -> None:
     output = llm.generate("x", SamplingParams(temperature=0, ignore_eos=True))[0]
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 512

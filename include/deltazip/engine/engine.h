@@ -126,6 +126,8 @@ class Engine {
   // Throws NotFound, InvalidArgument (limits), ResourceExhausted (queue full).
   void submit(Request request);
   void cancel(std::int64_t request_id);  // unknown ids are ignored
+  // Ends one choice while its siblings go on; the last open one ends the request.
+  void cancel(std::int64_t request_id, std::int32_t choice);
   // Up to max_events; waits at most timeout_ms for the first. Empty: timed out or closed.
   std::vector<OutputEvent> poll(std::int32_t max_events, std::int32_t timeout_ms);
 

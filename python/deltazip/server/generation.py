@@ -202,7 +202,8 @@ class Generation:
         self.usage.completion_tokens += num_used
         if finish is not None:
             choice.is_done = True
-            self._cancel_if_done(choice.request_id)
+            if chunk.finish is None:  # a stop text, unknown to the engine
+                self.mailbox.cancel_choice(choice.request_id, chunk.choice)
         return Piece(choice.index, text, tokens, logprobs, finish, chunk.prompt_logprobs)
 
     def _measure(self, choice: _Choice, num_tokens: int) -> None:
@@ -212,10 +213,3 @@ class Generation:
         else:
             self._times.first_token(now - self._started)
         choice.last_time = now
-
-    def _cancel_if_done(self, request_id: int) -> None:
-        # A stop text is unknown to the engine, and a request ends there only as a whole.
-        if request_id in self.mailbox.live and all(
-            choice.is_done for choice in self._choices.values() if choice.request_id == request_id
-        ):
-            self.mailbox.cancel(request_id)

@@ -194,6 +194,80 @@ TEST_F(EngineTest, AChoiceMayStopAtItsFirstTokenAndTheOthersGoOn) {
   EXPECT_EQ(engine.stats().scheduler.num_free_blocks, engine.stats().scheduler.num_blocks);
 }
 
+TEST(EngineChoices, OneIsCancelledAndItsSiblingsGoOn) {
+  TinyHouse house(R"({"max_position_embeddings": 1024})");
+  Engine engine(house.config(), test::silent);
+  Request many = make_request(1, "", test::random_tokens(11, 5), 800);
+  many.sampling.temperature = 1.5F;
+  many.sampling.seed = 3;
+  many.sampling.n = 3;
+  const Answers whole = ask(engine, {many});
+  for (const std::int32_t unwanted : {0, 2}) {
+    many.id += 1;
+    engine.submit(many);
+    Answers answers;
+    while (answers[{many.id, unwanted}].tokens.empty()) {
+      for (OutputEvent& event : engine.poll(1, 1000)) test::add_event(answers, std::move(event));
+    }
+    engine.cancel(many.id, unwanted);
+    test::collect(engine, 3, answers);
+    for (std::int32_t i = 0; i < 3; ++i) {
+      const Answer& answer = answers.at({many.id, i});
+      EXPECT_EQ(answer.num_finishes, 1);
+      EXPECT_EQ(answer.finish, i == unwanted ? Finish::kCancelled : Finish::kLength);
+      const Tokens& tokens = whole.at({1, i}).tokens;
+      EXPECT_EQ(answer.tokens, i == unwanted
+                                   ? Tokens(tokens.begin(), tokens.begin() + answer.tokens.size())
+                                   : tokens);
+    }
+    EXPECT_LT(answers.at({many.id, unwanted}).tokens.size(), 800u);
+  }
+  EXPECT_EQ(engine.stats().num_finished, 3);
+  EXPECT_EQ(engine.stats().num_cancelled, 0) << "counts requests";
+  EXPECT_EQ(engine.stats().scheduler.num_free_blocks, engine.stats().scheduler.num_blocks);
+  engine.check();
+}
+
+TEST(EngineChoices, OneCancelledBeforeItsFirstTokenGivesNone) {
+  TinyHouse house;
+  EngineConfig config = house.config();
+  config.max_batch_sequences = 3;
+  Engine engine(config, test::silent);
+  const Tokens prompt = test::random_tokens(11, 5);
+  for (const bool cancels_all : {false, true}) {
+    for (std::int64_t id = 10; id < 22; ++id) engine.submit(make_request(id, "", prompt, 100));
+    Request many = make_request(cancels_all ? 2 : 1, "", prompt, 8);  // waits behind them
+    many.sampling.n = 3;
+    engine.submit(many);
+    engine.cancel(many.id, 0);  // the one that the others are forked from
+    engine.cancel(many.id, 0);
+    engine.cancel(many.id, 1);
+    if (cancels_all) engine.cancel(many.id, 2);
+    Answers answers;
+    test::collect(engine, 12 + 3, answers);
+    for (std::int32_t i = 0; i < 3; ++i) {
+      const bool is_cancelled = cancels_all || i != 2;
+      EXPECT_EQ(answers.at({many.id, i}).finish,
+                is_cancelled ? Finish::kCancelled : Finish::kLength);
+      EXPECT_EQ(answers.at({many.id, i}).tokens.size(), is_cancelled ? 0u : 8u);
+    }
+  }
+  EXPECT_EQ(engine.stats().num_finished, 2 * 12 + 1);
+  EXPECT_EQ(engine.stats().num_cancelled, 1);
+  engine.check();
+}
+
+TEST_F(EngineTest, CancelRefusesAChoiceThatIsNotThere) {
+  engine.submit(make_request(1, "", prompt, 100));
+  EXPECT_THROW(engine.cancel(1, 1), InvalidArgument);
+  EXPECT_THROW(engine.cancel(1, -1), InvalidArgument);
+  engine.cancel(7, 3);  // unknown ids are ignored
+  engine.cancel(1, 0);
+  Answers answers;
+  test::collect(engine, 1, answers);
+  EXPECT_EQ(test::only(answers).finish, Finish::kCancelled);
+}
+
 TEST_F(EngineTest, AFreshSeedEachTimeUnlessOneIsGiven) {
   Request request = make_request(1, "", prompt, 12);
   request.sampling.temperature = 5.0F;

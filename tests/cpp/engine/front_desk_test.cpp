@@ -84,13 +84,26 @@ TEST(FrontDesk, IdsAreUniqueAmongTheLivingAndCancelledOnce) {
   FrontDesk desk(record("base", 0), 10);
   desk.submit(request(1));
   EXPECT_THROW(desk.submit(request(1)), InvalidArgument);
-  for (int i = 0; i < 1000; ++i) desk.cancel(1);
-  desk.cancel(2);  // unknown
+  for (int i = 0; i < 1000; ++i) desk.cancel(1, kAllChoices);
+  desk.cancel(2, kAllChoices);  // unknown
   EXPECT_EQ(desk.take().size(), 2u) << "a storm of cancels is one command";
+  desk.cancel(1, 0);
+  EXPECT_EQ(desk.take().size(), 0u) << "all of it is cancelled";
   desk.forget(1);
-  desk.cancel(1);
+  desk.cancel(1, kAllChoices);
   EXPECT_EQ(desk.take().size(), 0u);
   EXPECT_NO_THROW(desk.submit(request(1)));
+}
+
+TEST(FrontDesk, AChoiceIsCancelledOnce) {
+  FrontDesk desk(record("base", 0), 10);
+  Request many = request(1);
+  many.sampling.n = 3;
+  desk.submit(many);
+  for (int i = 0; i < 1000; ++i) desk.cancel(1, i % 3);
+  desk.cancel(1, kAllChoices);
+  EXPECT_EQ(desk.take().size(), 1u + 3 + 1);
+  EXPECT_THROW(desk.cancel(1, 3), InvalidArgument);
 }
 
 TEST(FrontDesk, ProgressIsCountedOnlyWhileThereIsWork) {

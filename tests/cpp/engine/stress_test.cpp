@@ -56,9 +56,12 @@ TEST(Stress, ThirtyThreadsSubmitCancelAndPoll) {
             1 + static_cast<std::int32_t>(test::draw(random, 30)));
         request.sampling.n = 1 + static_cast<std::int32_t>(test::draw(random, 2));
         num_choices += request.sampling.n;
+        const std::int32_t last_choice = request.sampling.n - 1;
         engine.submit(std::move(request));
         if (test::draw(random, 3) == 0) engine.cancel(id);
         if (test::draw(random, 3) == 0) engine.cancel(id - 1);
+        if (test::draw(random, 3) == 0) engine.cancel(id, last_choice);
+        if (test::draw(random, 3) == 0) engine.cancel(id - 1, 0);
         if (test::draw(random, 8) == 0) (void)engine.variants();
         if (test::draw(random, 8) == 0) (void)engine.stats();
       }

@@ -107,6 +107,18 @@ def test_stream_of_several_choices(live: Live, tokenizer: Tokenizer) -> None:
     assert texts[2] == texts[3] and texts[2].startswith("lazy dog")
 
 
+def test_a_stopped_choice_is_not_computed_on(
+    live: Live, fake: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    fake.answers = {0: tokenizer.encode("one stop two"), 1: tokenizer.encode("one two")}
+    fake.step_s = 0.01
+    choices = complete(live, prompt=TEXT, n=2, max_tokens=40, stop="stop")["choices"]
+    assert choices[0]["text"] == "one " and choices[0]["finish_reason"] == "stop"
+    assert choices[1]["text"].startswith("one twoone two")
+    assert choices[1]["finish_reason"] == "length"
+    assert fake.num_cancelled == 1, "the first choice alone, while the second went on"
+
+
 @pytest.mark.parametrize("tokens_per_step", [1, 3, 50])
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_texts_end_the_answer_wherever_tokens_break(

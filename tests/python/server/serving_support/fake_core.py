@@ -66,6 +66,7 @@ class FakeEngine:
         self.tokens_per_step = tokens_per_step
         self.max_waiting = max_waiting
         self.script = script
+        self.answers: dict[int, Sequence[int]] = {}  # of single choices, instead of the script's
         self.fails_with = ""  # the next step ends every request with this error
         self.is_stuck = False
         self.num_submitted = 0
@@ -156,16 +157,17 @@ class FakeEngine:
                 {"variant": variant, "prompt": list(prompt), "sampling": sampling}
                 | {"priority": priority, "cache_salt": cache_salt}
             )
-            answer = list(self.script(prompt) if self.script else prompt)
+            common = self.script(prompt) if self.script else prompt
             for choice in range(sampling.n):
+                answer = list(self.answers.get(choice, common))
                 run = _Run(request_id, choice, variant, answer, sampling)
                 self._runs[request_id, choice] = run
             self.num_submitted += 1
             self._changed.notify_all()
 
-    def cancel(self, request_id: int) -> None:
+    def cancel(self, request_id: int, choice: int | None = None) -> None:
         with self._changed:
-            for key in [key for key in self._runs if key[0] == request_id]:
+            for key in [k for k in self._runs if k[0] == request_id and choice in (None, k[1])]:
                 del self._runs[key]
                 self._events.append(Event(*key, finish=Finish.CANCELLED))
                 self.num_cancelled += 1
