@@ -22,7 +22,7 @@ namespace {
 // More than the 50 MB of L2, so that the same bytes serve to empty it between measurements.
 constexpr std::size_t kWorkspaceBytes = std::size_t{64} << 20;
 constexpr int kMaxCandidates = 8;
-constexpr std::int64_t kMaxExactTokens = 128;  // beyond, one algorithm serves a power of two
+constexpr std::int64_t kFewTokens = 128;
 constexpr int kFewTokenRepetitions = 5, kManyTokenRepetitions = 2;
 
 // A major version of the library goes with one of the toolkit.
@@ -150,11 +150,15 @@ struct Problem {
 using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType, DType,
                        std::uint32_t, std::uint32_t, std::uint32_t>;
 
+// An algorithm serves all numbers of rows that round up to the same.
+std::int64_t rounded_tokens(std::int64_t num_tokens) {
+  const std::int64_t step = num_tokens <= 8 ? 0 : num_tokens <= 64 ? 16 : 32;
+  if (step > 0 && num_tokens <= 128) return (num_tokens + step - 1) / step * step;
+  return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(num_tokens)));
+}
+
 Key key_of(const LtProduct& p) {
-  const auto tokens =
-      p.num_tokens <= kMaxExactTokens
-          ? p.num_tokens
-          : static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(p.num_tokens)));
+  const auto tokens = rounded_tokens(p.num_tokens);
   return {tokens,    p.in_features,  p.out_features,      p.y_stride,    p.dtype,
           p.y_dtype, alignment(p.x), alignment(p.weight), alignment(p.y)};
 }
@@ -230,7 +234,7 @@ CublasLt::Impl::Choice CublasLt::Impl::choose(const Problem& problem, const LtPr
   choice.algorithm = all.front();
   if (how == LtChoice::kFirst || all.size() == 1) return choice;
   const int repetitions =
-      product.num_tokens <= kMaxExactTokens ? kFewTokenRepetitions : kManyTokenRepetitions;
+      product.num_tokens <= kFewTokens ? kFewTokenRepetitions : kManyTokenRepetitions;
   float best = std::numeric_limits<float>::infinity();
   for (const lt::Algorithm& algorithm : all) {
     if (launch(problem, product, algorithm, stream) != lt::kSuccess) continue;
