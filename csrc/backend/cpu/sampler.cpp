@@ -6,17 +6,12 @@
 #include <limits>
 #include <utility>
 
+#include "backend/sampling_rules.h"
+
 namespace deltazip::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Below this a division by the temperature has no meaning in float; the limit is greedy.
-constexpr float kMinTemperature = 1e-5F;
-
-bool changes_logits(const SamplingRow& row) {
-  return row.repetition_penalty != 1.0F || row.presence_penalty != 0.0F ||
-         row.frequency_penalty != 0.0F || row.num_biases > 0 || row.num_banned_tokens > 0;
-}
 
 std::size_t at(std::int32_t token) { return static_cast<std::size_t>(token); }
 
@@ -33,7 +28,7 @@ void change_logits(const SamplingRow& row, SamplerScratch& scratch) {
     std::for_each_n(row.prompt_tokens, row.num_prompt_tokens, penalise);
     std::for_each_n(row.output_tokens, row.num_output_tokens, penalise);
   }
-  if (row.presence_penalty != 0.0F || row.frequency_penalty != 0.0F) {
+  if (has_output_penalty(row)) {
     scratch.counts.assign(logits.size(), 0);
     std::for_each_n(row.output_tokens, row.num_output_tokens,
                     [&](std::int32_t token) { ++scratch.counts[at(token)]; });
@@ -93,6 +88,9 @@ void keep_mass(double bound, SamplerScratch& scratch) {
   while (kept != end && (kept == candidates.begin() || mass < bound)) {
     mass += static_cast<double>(weights[at(*kept++)]);
   }
+  // Back in token order: a draw follows from which tokens are kept, not from how they were found.
+  std::sort(middle, kept);
+  std::inplace_merge(candidates.begin(), middle, kept);
   candidates.erase(kept, candidates.end());
 }
 
@@ -198,25 +196,6 @@ void score(const Kernels& kernels, const float* logits, std::int64_t vocab_size,
 
 }  // namespace
 
-double uniform_draw(std::uint64_t seed, std::uint64_t position) {
-  std::uint32_t counter[4] = {static_cast<std::uint32_t>(position),
-                              static_cast<std::uint32_t>(position >> 32), 0, 0};
-  std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * counter[0];
-    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * counter[2];
-    const std::uint32_t next[4] = {static_cast<std::uint32_t>(product1 >> 32) ^ counter[1] ^ key[0],
-                                   static_cast<std::uint32_t>(product1),
-                                   static_cast<std::uint32_t>(product0 >> 32) ^ counter[3] ^ key[1],
-                                   static_cast<std::uint32_t>(product0)};
-    std::copy(std::begin(next), std::end(next), std::begin(counter));
-    key[0] += 0x9E3779B9u;
-    key[1] += 0xBB67AE85u;
-  }
-  const std::uint64_t bits = (std::uint64_t{counter[0]} << 32) | counter[1];
-  return static_cast<double>(bits >> 11) * 0x1p-53;
-}
-
 SampledToken sample_row(const Kernels& kernels, const float* logits, std::int64_t vocab_size,
                         const SamplingRow& row, SamplerScratch& scratch) {
   SampledToken out;
@@ -228,8 +207,7 @@ SampledToken sample_row(const Kernels& kernels, const float* logits, std::int64_
   if (row.forced_token >= 0) {
     out.token = row.forced_token;
   } else {
-    const bool is_greedy = row.temperature < kMinTemperature || row.top_k == 1;
-    const bool is_copied = changes_logits(row) || !is_greedy;
+    const bool is_copied = changes_logits(row) || !is_greedy(row);
     const float* values = logits;
     if (is_copied) {
       scratch.logits.assign(logits, logits + vocab_size);
@@ -242,8 +220,8 @@ SampledToken sample_row(const Kernels& kernels, const float* logits, std::int64_
       out.is_finite = false;
       return out;
     }
-    out.token = is_greedy ? static_cast<std::int32_t>(best)
-                          : draw(kernels, row, max, scratch.logits, scratch);
+    out.token = is_greedy(row) ? static_cast<std::int32_t>(best)
+                               : draw(kernels, row, max, scratch.logits, scratch);
   }
   if (row.num_logprobs >= 0) score(kernels, logits, vocab_size, row, summary, scratch, out);
   return out;
