@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <vector>
 
 #include "backend/cuda/cuda_stream.h"
 #include "backend/cuda/step_args.h"
@@ -53,6 +54,7 @@ class CudaOps final : public Ops {
   std::shared_ptr<ProjectState> project_;
   std::shared_ptr<AttentionState> attention_;
   std::shared_ptr<SampleState> sample_;
+  std::vector<DeltaMatrix> embed_deltas_;  // of a batch's rows, by value, as the device reads them
 };
 
 }  // namespace deltazip::cuda
