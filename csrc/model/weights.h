@@ -50,9 +50,8 @@ struct BaseWeights {
   std::size_t num_bytes = 0;
 };
 
-// Throws InvalidArgument if the checkpoint does not match the config. `measures_only`: nothing is
-// read or allocated, num_bytes says what would be.
+// Throws InvalidArgument if the checkpoint does not match the config.
 BaseWeights load_base_weights(Backend& backend, const Checkpoint& checkpoint,
-                              const ModelConfig& config, bool measures_only);
+                              const ModelConfig& config);
 
 }  // namespace deltazip

@@ -20,7 +20,6 @@ class EngineConfig:
     base_name: str
     device: str
     num_threads: int
-    dtype: str
     kv_dtype: str
     kv_cache_bytes: int
     memory_budget_bytes: int

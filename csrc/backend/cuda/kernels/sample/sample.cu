@@ -1,0 +1,97 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "backend/cuda/kernels/device/launch.h"
+#include "backend/cuda/kernels/device/pdl.cuh"
+#include "backend/cuda/kernels/sample/row_sampler.cuh"
+#include "backend/cuda/kernels/sample/sample.h"
+#include "deltazip/base/error.h"
+
+namespace deltazip::cuda {
+namespace {
+
+using namespace sampling;  // NOLINT(google-build-using-namespace): this file is its face
+
+// The chosen token, or -1 where there is no choice. `best` is of the raw logits.
+template <typename T>
+__device__ std::int32_t choose(RowSampler<T>& sampler, const SamplingRow& row, Best& best) {
+  const bool draws = row.forced_token < 0 && !is_greedy(row);
+  const bool changes = row.forced_token < 0 && changes_logits(row);
+  if (!sampler.read_logits(draws || changes, best)) return -1;
+  if (row.forced_token >= 0) return row.forced_token;
+  Best changed = best;
+  if (changes) {
+    sampler.change_logits();
+    if (!sampler.find_best(changed)) return -1;
+  }
+  return draws ? sampler.draw(value_of_key(changed.key)) : changed.token;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) __cluster_dims__(kClusterSize, 1, 1)
+    sample_kernel(const SampleLaunch params) {
+  extern __shared__ u32 memory[];
+  __shared__ Shared shared;
+  griddep_launch();
+  if (threadIdx.x == 0) shared.num_top = 0;
+  cluster_arrive();
+  const std::int64_t index = blockIdx.x / kClusterSize;
+  const SamplingRow& row = params.rows[index];
+  Cluster cluster(shared.exchange);
+  RowSampler<T> sampler(params, row,
+                        static_cast<const T*>(params.logits) + index * params.vocab_size, cluster,
+                        shared, memory);
+  griddep_wait();
+  cluster.begin();
+  Best best;
+  const std::int32_t token = choose(sampler, row, best);
+  const bool scores = token >= 0 && row.num_logprobs >= 0;
+  SampledToken& out = params.results[index];
+  if (cluster.rank() == 0 && threadIdx.x == 0) {
+    out.token = token;
+    out.is_finite = token >= 0;
+    if (params.tokens != nullptr) params.tokens[index] = max(token, 0);
+    if (!scores) {
+      out.logprob = 0.0F;
+      out.rank = 0;
+      out.num_top = 0;
+    }
+  }
+  if (scores) sampler.score(token, best, out);
+}
+
+std::int64_t shared_bytes(std::int64_t vocab_size) {
+  const std::int64_t share = RowSampler<float>::share(vocab_size);
+  return static_cast<std::int64_t>(sizeof(u32)) * (share + std::min(share, kMaxCounts));
+}
+
+}  // namespace
+
+std::int64_t max_sample_vocab(std::size_t shared_bytes_per_block) {
+  const auto words = static_cast<std::int64_t>((shared_bytes_per_block - sizeof(Shared)) / 4);
+  return (words - kMaxCounts) / 8 * 8 * kClusterSize;
+}
+
+void launch_sample(const SampleLaunch& params, cudaStream_t stream) {
+  const auto with_type = [&]<typename T>() {
+    const auto num_bytes = static_cast<std::size_t>(shared_bytes(params.vocab_size));
+    allow_shared_memory(sample_kernel<T>, num_bytes);
+    launch(sample_kernel<T>,
+           {dim3(static_cast<unsigned>(params.num_rows * kClusterSize)), dim3(kThreads), num_bytes},
+           stream, params);
+  };
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return with_type.template operator()<float>();
+    case DType::kFloat16:
+      return with_type.template operator()<__half>();
+    case DType::kBFloat16:
+      return with_type.template operator()<__nv_bfloat16>();
+    default:
+      DZ_CHECK(false, "sample: logits must be floating-point, got ", name(params.dtype));
+  }
+}
+
+}  // namespace deltazip::cuda
