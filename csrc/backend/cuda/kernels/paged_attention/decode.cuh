@@ -211,13 +211,13 @@ __global__ void __launch_bounds__(DecodeConfig<kHeadDim>::kThreads,
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int num_units = __ldg(args.plan) * args.num_kv_heads;
   griddep_launch();
-  griddep_wait();
 
   for (int unit = static_cast<int>(blockIdx.x); unit < num_units;
        unit += static_cast<int>(gridDim.x)) {
     const AttentionItem item = load_item(args.plan, unit / args.num_kv_heads);
     const int kv_head = unit % args.num_kv_heads;
     GroupRows rows(args, item, kv_head);
+    griddep_wait();  // no kernel writes the plan; after the first item this returns at once
     SoftmaxState<kHeadDim, 1> state;
     state.reset();
     attend_keys<T, kHeadDim>(state, args, item, kv_head, rows,
@@ -259,6 +259,7 @@ __global__ void __launch_bounds__(DecodeConfig<kHeadDim>::kThreads,
     }
     __syncthreads();  // the next item's tiles overwrite the sums
   }
+  griddep_wait();  // a CTA without items must not end before what came before
 }
 
 }  // namespace deltazip::cuda

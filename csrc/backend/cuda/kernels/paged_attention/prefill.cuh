@@ -82,13 +82,13 @@ __global__ void __launch_bounds__(PrefillConfig<kHeadDim>::kThreads,
   const int first_item = __ldg(args.plan);
   const int num_units = __ldg(args.plan + 1) * args.num_kv_heads;
   griddep_launch();
-  griddep_wait();
 
   for (int unit = static_cast<int>(blockIdx.x); unit < num_units;
        unit += static_cast<int>(gridDim.x)) {
     const AttentionItem item = load_item(args.plan, first_item + unit / args.num_kv_heads);
     const int kv_head = unit % args.num_kv_heads;
     GroupRows rows(args, item, kv_head);
+    griddep_wait();  // no kernel writes the plan; after the first item this returns at once
     const int num_tiles =
         (item.key_end - item.key_begin + Config::kTileKeys - 1) / Config::kTileKeys;
     const auto fetch = [&](int tile) {
@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(PrefillConfig<kHeadDim>::kThreads,
     if (!is_idle) store_results<T, kHeadDim>(shared, state, args, item, kv_head);
     __syncthreads();  // the next item overwrites queries and tiles
   }
+  griddep_wait();  // a CTA without items must not end before what came before
 }
 
 }  // namespace deltazip::cuda
