@@ -11,6 +11,7 @@ void bind_config(pybind11::module_& module) {
       .field("base_name", &C::base_name)
       .field("device", &C::device)
       .field("num_threads", &C::num_threads)
+      .field("dtype", &C::dtype)
       .field("kv_dtype", &C::kv_dtype)
       .field("kv_cache_bytes", &C::kv_cache_bytes)
       .field("memory_budget_bytes", &C::memory_budget_bytes)

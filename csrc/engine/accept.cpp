@@ -52,6 +52,7 @@ void Loop::handle(Submit& command) {
         prefix_root(active.variant->content_digest, std::as_bytes(std::span(request.cache_salt)));
     if (is_long) spec.prefix_root = root_for_length(spec.prefix_root, active.prompt_length());
     spec.use_prefix_cache = !active.wants_prompt_logprobs() && !is_long;
+    spec.scores_prompt = active.wants_prompt_logprobs();
     spec.id = requests_.open_sequence({&active, 0});
     ++active.variant->num_waiting;
     scheduler_.add(std::move(spec));

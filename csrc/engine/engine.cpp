@@ -21,8 +21,8 @@ using engine::Resources;
 using engine::VariantRecord;
 
 struct Engine::Impl {
-  Impl(const EngineConfig& config, const LogSink& log)
-      : resources(config, log),
+  Impl(const EngineConfig& config, const LogSink& log, std::unique_ptr<Backend> backend)
+      : resources(config, log, std::move(backend)),
         desk(resources.base_record(), resources.config.max_waiting),
         loop(resources, desk, outbox, log) {}
 
@@ -53,8 +53,10 @@ void Engine::Impl::check_request(const Request& request) const {
            ", but max_batch_sequences is ", config.max_batch_sequences);
 }
 
-Engine::Engine(const EngineConfig& config, const LogSink& log)
-    : impl_(std::make_unique<Impl>(config, log)) {}
+Engine::Engine(const EngineConfig& config, const LogSink& log) : Engine(config, log, nullptr) {}
+
+Engine::Engine(const EngineConfig& config, const LogSink& log, std::unique_ptr<Backend> backend)
+    : impl_(std::make_unique<Impl>(config, log, std::move(backend))) {}
 
 Engine::~Engine() { shutdown(); }
 

@@ -12,17 +12,50 @@ std::string mib(std::int64_t bytes) {
   return detail::concat(tenths / 10, ".", tenths % 10, " MiB");
 }
 
+// Where weights and scratch are too much already.
+std::string what_fits(const EngineConfig& config, const MemoryNeeds& needs) {
+  const std::int64_t per_token = std::max<std::int64_t>(needs.scratch / config.max_batch_tokens, 1);
+  const std::int64_t num_tokens = (config.memory_budget_bytes - needs.weights) / 2 / per_token;
+  if (num_tokens < 1) return "raise memory_budget_bytes, or take a smaller base or a larger device";
+  return detail::concat("raise memory_budget_bytes or lower max_batch_tokens: ", num_tokens,
+                        " would leave as much for deltas and the KV cache");
+}
+
+// Of free memory. The rest is for what a backend takes later, and on a host for everybody else.
+std::int64_t usable(std::int64_t free_memory, bool shares_host_memory) {
+  return free_memory / 100 * (shares_host_memory ? 80 : 92);
+}
+
 }  // namespace
+
+EngineConfig resolve_batch_sizes(const EngineConfig& config, bool shares_host_memory) {
+  EngineConfig resolved = config;
+  const auto resolve = [&](std::int32_t& value, std::int32_t on_host, std::int32_t on_device) {
+    if (value == 0) value = shares_host_memory ? on_host : on_device;
+  };
+  resolve(resolved.max_batch_tokens, 512, 8192);
+  resolve(resolved.max_batch_sequences, 64, 256);
+  resolve(resolved.max_variants_per_batch, 8, 64);
+  resolve(resolved.num_delta_slots, 8, 64);
+  return resolved;
+}
+
+std::int32_t max_logit_rows(const EngineConfig& config) {
+  return std::min(config.max_batch_tokens, std::max(kMaxLogitRows, config.max_batch_sequences));
+}
 
 MemoryPlan plan_memory(const EngineConfig& config, const MemoryNeeds& needs) {
   MemoryPlan plan{config, 0, {}};
   EngineConfig& resolved = plan.config;
-  if (resolved.memory_budget_bytes == 0) resolved.memory_budget_bytes = needs.free_memory / 5 * 4;
+  if (resolved.memory_budget_bytes == 0) {
+    resolved.memory_budget_bytes = usable(needs.free_memory, needs.shares_host_memory);
+  }
 
   std::int64_t left = resolved.memory_budget_bytes - needs.weights - needs.scratch;
-  DZ_CHECK(left > 0, "the memory budget is ", mib(resolved.memory_budget_bytes),
-           ", but the base's weights take ", mib(needs.weights), " and scratch ",
-           mib(needs.scratch), "; raise memory_budget_bytes or lower max_batch_tokens");
+  DZ_CHECK(left > 0, "the memory budget is ", mib(resolved.memory_budget_bytes), " of ",
+           mib(needs.free_memory), " free, but the base's weights take ", mib(needs.weights),
+           " and scratch for ", resolved.max_batch_tokens, " tokens ", mib(needs.scratch), "; ",
+           what_fits(resolved, needs));
 
   if (resolved.delta_budget_bytes == 0) {
     const std::int64_t wanted =
@@ -71,7 +104,8 @@ MemoryPlan plan_memory(const EngineConfig& config, const MemoryNeeds& needs) {
   plan.rows = {
       {"base weights", needs.weights, ""},
       {"scratch", needs.scratch,
-       detail::concat("activations and logits of ", resolved.max_batch_tokens, " rows")},
+       detail::concat("activations of ", resolved.max_batch_tokens, " rows, logits of ",
+                      needs.max_logit_rows)},
       {"delta slots", resolved.delta_budget_bytes,
        detail::concat(resolved.num_delta_slots, " slots; a 4-bit variant takes about ",
                       mib(needs.typical_delta))},
@@ -79,7 +113,8 @@ MemoryPlan plan_memory(const EngineConfig& config, const MemoryNeeds& needs) {
        detail::concat(num_blocks, " blocks of ", block_size, " tokens, ", resolved.kv_dtype,
                       "; a sequence has at most ", resolved.max_model_len, clamped)},
       {"left", left - resolved.kv_cache_bytes,
-       detail::concat("of a budget of ", mib(resolved.memory_budget_bytes))},
+       detail::concat("of a budget of ", mib(resolved.memory_budget_bytes), "; ",
+                      mib(needs.free_memory), " were free")},
   };
   return plan;
 }

@@ -30,11 +30,11 @@ void check_config(const EngineConfig& config) {
   check_range("memory_budget_bytes", config.memory_budget_bytes, 0, kMaxBytes);
   check_range("delta_budget_bytes", config.delta_budget_bytes, 0, kMaxBytes);
   check_range("host_budget_bytes", config.host_budget_bytes, 0, kMaxBytes);
-  check_range("num_delta_slots", config.num_delta_slots, 1, 4096);
+  check_range("num_delta_slots", config.num_delta_slots, 0, 4096);
   check_range("block_size", config.block_size, 1, 1024);
-  check_range("max_batch_tokens", config.max_batch_tokens, 1, 1 << 17);
-  check_range("max_batch_sequences", config.max_batch_sequences, 1, 1 << 16);
-  check_range("max_variants_per_batch", config.max_variants_per_batch, 1, 4096);
+  check_range("max_batch_tokens", config.max_batch_tokens, 0, 1 << 17);
+  check_range("max_batch_sequences", config.max_batch_sequences, 0, 1 << 16);
+  check_range("max_variants_per_batch", config.max_variants_per_batch, 0, 4096);
   check_range("max_waiting", config.max_waiting, 1, 1 << 24);
   check_range("max_model_len", config.max_model_len, 0, 1 << 28);
   check_range("max_variant_wait_steps", config.max_variant_wait_steps, 1, 1 << 24);
@@ -86,17 +86,50 @@ std::int64_t delta_bytes(const Backend& backend, const std::vector<BaseTensor>& 
   return static_cast<std::int64_t>(num_bytes);
 }
 
+// What a device computes in.
+DType compute_dtype(const EngineConfig& config, DType checkpoint, const LogSink& log) {
+  const bool is_cpu = config.device == "cpu";
+  const auto dtype = dtype_from_name(config.dtype);
+  if (is_cpu) {
+    DZ_CHECK(config.dtype == "auto" || dtype == DType::kFloat32,
+             "dtype must be auto or float32 on the CPU, which computes in float32, got '",
+             config.dtype, "'");
+    return DType::kFloat32;
+  }
+  if (config.dtype != "auto") {
+    DZ_CHECK(dtype == DType::kFloat16 || dtype == DType::kBFloat16,
+             "dtype must be auto, float16 or bfloat16 on device '", config.device, "', got '",
+             config.dtype, "'");
+    return *dtype;
+  }
+  if (checkpoint != DType::kFloat32) return checkpoint;
+  log(LogLevel::kInfo, "the base's weights are float32; the device computes in bfloat16");
+  return DType::kBFloat16;
+}
+
+// Makes one part of the plan; a refusal says which part it was.
+template <typename Make>
+auto make_part(const char* what, const Make& make) {
+  try {
+    return make();
+  } catch (const ResourceExhausted& error) {
+    detail::fail<ResourceExhausted>("no memory for ", what,
+                                    ", although it was in the plan: ", error.what(),
+                                    "; lower memory_budget_bytes");
+  }
+}
+
 }  // namespace
 
-Resources::Resources(const EngineConfig& requested, const LogSink& log) : config(requested) {
+Resources::Resources(const EngineConfig& requested, const LogSink& log,
+                     std::unique_ptr<Backend> device)
+    : config(requested) {
   check_config(config);
   if (config.base_name.empty()) config.base_name = name_from_folder(config.base);
   check_variant_name(config.base_name);
 
   ThreadPool pool(config.num_threads);
   config.num_threads = pool.num_threads();
-  backend = make_backend(config.device, {config.num_threads, {}});
-  const auto free_memory = static_cast<std::int64_t>(backend->memory_info().free_bytes);
 
   const Checkpoint checkpoint = Checkpoint::open(config.base);
   config_json = checkpoint.config_json();
@@ -104,23 +137,26 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log) : config
   const std::int64_t model_max_len = model_config.max_length();
   DZ_CHECK(config.max_model_len <= model_max_len, "max_model_len is ", config.max_model_len,
            ", but the model's positions end at ", model_max_len);
-  base_digest = checkpoint.weights_digest(pool);
 
+  const DType compute = compute_dtype(config, model_config.dtype, log);
+  backend =
+      device ? std::move(device) : make_backend(config.device, {config.num_threads, {}, compute});
+  const bool shares_host_memory = backend->shares_host_memory();
+  config = resolve_batch_sizes(config, shares_host_memory);
   const DType activations = backend->activation_dtype(model_config.dtype);
+  config.dtype = name(activations);
   if (config.kv_dtype == "auto") config.kv_dtype = name(activations);
   const auto kv_dtype = dtype_from_name(config.kv_dtype);
   DZ_CHECK(kv_dtype && is_floating(*kv_dtype),
            "kv_dtype must be auto, float32, float16 or bfloat16, got '", config.kv_dtype, "'");
 
-  // Every row of a batch may want its logits: prompt logprobs score whole prompts.
-  model = std::make_unique<Model>(*backend, checkpoint, model_config, config.max_batch_tokens,
-                                  config.max_batch_tokens, config.max_model_len);
   const std::vector<BaseTensor> tensors = Model::base_tensors(checkpoint);
-
+  const ModelSizes sizes{config.max_batch_tokens, max_logit_rows(config), config.max_model_len};
+  const ModelBytes bytes = Model::measure(*backend, checkpoint, model_config, sizes);
   MemoryNeeds needs;
-  needs.free_memory = free_memory;
-  needs.weights = static_cast<std::int64_t>(model->weight_bytes());
-  needs.scratch = static_cast<std::int64_t>(model->scratch_bytes());
+  needs.free_memory = static_cast<std::int64_t>(backend->memory_info().free_bytes);
+  needs.weights = static_cast<std::int64_t>(bytes.weights);
+  needs.scratch = static_cast<std::int64_t>(bytes.scratch);
   needs.typical_delta =
       delta_bytes(*backend, tensors, DeltaType::kSparse24Int4, DeltaType::kDenseInt4);
   needs.largest_delta =
@@ -129,7 +165,8 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log) : config
       KvCache::bytes_per_block(model_config, *kv_dtype, config.block_size));
   needs.model_max_len = static_cast<std::int32_t>(
       std::min<std::int64_t>(model_max_len, std::numeric_limits<std::int32_t>::max()));
-  needs.shares_host_memory = backend->shares_host_memory();
+  needs.max_logit_rows = sizes.max_logit_rows;
+  needs.shares_host_memory = shares_host_memory;
   MemoryPlan plan = plan_memory(config, needs);
   config = plan.config;
   num_blocks = plan.num_blocks;
@@ -139,7 +176,15 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log) : config
                                         row.detail.empty() ? "" : ", ", row.detail));
   }
 
-  kv = std::make_unique<KvCache>(*backend, model_config, *kv_dtype, num_blocks, config.block_size);
+  // Nothing large is read or allocated before it is known to fit.
+  base_digest = checkpoint.weights_digest(pool);
+  model = make_part("the base's weights and scratch", [&] {
+    return std::make_unique<Model>(*backend, checkpoint, model_config, sizes);
+  });
+  kv = make_part("the KV cache", [&] {
+    return std::make_unique<KvCache>(*backend, model_config, *kv_dtype, num_blocks,
+                                     config.block_size);
+  });
   store = std::make_unique<DeltaStore>(*backend, base_digest, tensors,
                                        static_cast<std::size_t>(config.host_budget_bytes));
   deltas = std::make_unique<DeltaCache>(*backend, *store, config.num_delta_slots);
@@ -192,6 +237,7 @@ SchedulerConfig Resources::scheduler_config() const {
   scheduler.block_size = config.block_size;
   scheduler.max_batch_tokens = config.max_batch_tokens;
   scheduler.max_batch_sequences = config.max_batch_sequences;
+  scheduler.max_batch_logit_rows = max_logit_rows(config);
   scheduler.max_variants_per_batch = config.max_variants_per_batch;
   // Admission is the front desk's: what it let in is never refused here.
   scheduler.max_waiting = std::numeric_limits<std::int32_t>::max();

@@ -18,8 +18,10 @@ namespace deltazip::engine {
 // used by any thread, the rest belongs to the engine's.
 struct Resources {
   // Throws InvalidArgument: a number out of range, a folder that cannot be served, or a budget too
-  // small. Logs the capacity table.
-  Resources(const EngineConfig& requested, const LogSink& log);
+  // small. Throws ResourceExhausted if the device refuses what was planned. Logs the capacity
+  // table. `device` nullptr: made as the config says.
+  Resources(const EngineConfig& requested, const LogSink& log,
+            std::unique_ptr<Backend> device = nullptr);
 
   // Validates the delta at `path` against the base, entirely. Any thread.
   std::shared_ptr<VariantRecord> open_variant(const std::string& name, const std::string& path);

@@ -16,7 +16,7 @@ struct Model::Impl {
   struct Scratch;
 
   Impl(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,
-       std::int32_t max_batch_tokens, std::int32_t max_logit_rows, std::int64_t max_length);
+       const ModelSizes& sizes);
   ~Impl();
 
   ConstTensorView forward(const Batch& batch, KvCache& cache, Stream& stream);
@@ -28,10 +28,10 @@ struct Model::Impl {
 
   Backend& backend;
   ModelConfig config;
+  const ModelSizes sizes;
   BaseWeights weights;
   RopeTable rope;
   StepPlan plan;
-  const std::int32_t max_batch_tokens, max_logit_rows;
   Batch padded;                                // a decode step of one of the backend's sizes
   std::vector<KvLayer> last_cache;             // of the last padded step
   std::int32_t cache_generation = 0;           // counts its changes

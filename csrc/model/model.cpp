@@ -26,6 +26,17 @@ TensorView first_rows(TensorView view, std::int64_t rows) {
   return {view.data, view.dtype, {rows, view.size(1)}};
 }
 
+std::int64_t length_of(const ModelSizes& sizes, const ModelConfig& config) {
+  return sizes.max_length == 0 ? config.max_length() : sizes.max_length;
+}
+
+void check_sizes(const ModelSizes& sizes) {
+  DZ_CHECK(sizes.max_batch_tokens > 0 && sizes.max_logit_rows > 0 && sizes.max_length >= 0,
+           "Model: expected max_batch_tokens and max_logit_rows above 0 and max_length of 0 or "
+           "more, got ",
+           sizes.max_batch_tokens, ", ", sizes.max_logit_rows, ", ", sizes.max_length);
+}
+
 }  // namespace
 
 struct Model::Impl::Scratch {
@@ -34,28 +45,33 @@ struct Model::Impl::Scratch {
   std::vector<Buffer> buffers;
   std::size_t num_bytes = 0;
 
-  Scratch(Backend& backend, const ModelConfig& config, DType dtype, std::int64_t max_rows,
-          std::int64_t max_logit_rows) {
+  // Without `allocates` it only counts the bytes.
+  Scratch(Backend& backend, const ModelConfig& config, DType dtype, const ModelSizes& sizes,
+          bool allocates) {
     const auto make_of = [&](DType type, std::int64_t rows, std::int64_t columns) {
       TensorView view{nullptr, type, {rows, columns}};
       num_bytes += view.num_bytes();
-      view.data = buffers.emplace_back(backend.allocate(view.num_bytes())).data();
+      if (allocates) view.data = buffers.emplace_back(backend.allocate(view.num_bytes())).data();
       return view;
     };
     const auto make = [&](std::int64_t rows, std::int64_t columns) {
       return make_of(dtype, rows, columns);
     };
+    const std::int32_t decode_rows =
+        rows_with_padding(backend, std::min(sizes.max_batch_tokens, sizes.max_logit_rows));
+    const std::int64_t rows = std::max(sizes.max_batch_tokens, decode_rows);
+    const std::int64_t logit_rows = std::max(sizes.max_logit_rows, decode_rows);
     const std::int64_t hidden = config.hidden_size, inner = config.intermediate_size;
     const std::int64_t q_size = std::int64_t{config.num_heads} * config.head_dim;
     const std::int64_t kv_size = std::int64_t{config.num_kv_heads} * config.head_dim;
-    full = {make(max_rows, hidden), make(max_rows, hidden),
-            make(max_rows, hidden), make(max_rows, q_size + 2 * kv_size),
-            make(max_rows, q_size), make(max_rows, 2 * inner),
-            make(max_rows, inner)};
-    last_residual = make(max_logit_rows, hidden);
-    last_block = make(max_logit_rows, hidden);
-    last_normed = make(max_logit_rows, hidden);
-    logits = make_of(DType::kFloat32, max_logit_rows, config.vocab_size);
+    full = {make(rows, hidden), make(rows, hidden),
+            make(rows, hidden), make(rows, q_size + 2 * kv_size),
+            make(rows, q_size), make(rows, 2 * inner),
+            make(rows, inner)};
+    last_residual = make(logit_rows, hidden);
+    last_block = make(logit_rows, hidden);
+    last_normed = make(logit_rows, hidden);
+    logits = make_of(DType::kFloat32, logit_rows, config.vocab_size);
   }
 
   Activations of(std::int64_t rows) const {
@@ -67,27 +83,22 @@ struct Model::Impl::Scratch {
 };
 
 Model::Impl::Impl(Backend& backend_in, const Checkpoint& checkpoint, const ModelConfig& config_in,
-                  std::int32_t max_batch_tokens_in, std::int32_t max_logit_rows_in,
-                  std::int64_t max_length)
+                  const ModelSizes& sizes_in)
     : backend(backend_in),
       config(config_in),
-      weights(load_base_weights(backend_in, checkpoint, config_in)),
-      rope(backend_in, config, max_length == 0 ? config.max_length() : max_length,
-           max_batch_tokens_in, *backend_in.create_stream()),
-      plan(config, max_batch_tokens_in, max_logit_rows_in),
-      max_batch_tokens(max_batch_tokens_in),
-      max_logit_rows(max_logit_rows_in) {
-  const std::int32_t max_decode_rows =
-      rows_with_padding(backend, std::min(max_batch_tokens, max_logit_rows));
-  scratch = std::make_unique<Scratch>(
-      backend, config, backend.activation_dtype(weights.embedding.dtype),
-      std::max(max_batch_tokens, max_decode_rows), std::max(max_logit_rows, max_decode_rows));
-}
+      sizes(sizes_in),
+      weights(load_base_weights(backend_in, checkpoint, config_in, /*measures_only=*/false)),
+      rope(backend_in, config, length_of(sizes, config), sizes.max_batch_tokens,
+           *backend_in.create_stream()),
+      plan(config, sizes.max_batch_tokens, sizes.max_logit_rows),
+      scratch(std::make_unique<Scratch>(backend, config,
+                                        backend.activation_dtype(weights.embedding.dtype), sizes,
+                                        /*allocates=*/true)) {}
 
 Model::Impl::~Impl() = default;
 
 ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream& stream) {
-  plan.check(batch, max_batch_tokens, max_logit_rows);
+  plan.check(batch, sizes.max_batch_tokens, sizes.max_logit_rows);
   const auto num_rows = static_cast<std::int32_t>(batch.tokens.size());
   const std::int32_t num_padded = is_decode(batch) ? backend.padded_rows(num_rows) : 0;
   if (num_padded == 0) {
@@ -181,13 +192,21 @@ void Model::Impl::make_logits(const Batch& batch, TensorView residual, TensorVie
 }
 
 Model::Model(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,
-             std::int32_t max_batch_tokens, std::int32_t max_logit_rows, std::int64_t max_length) {
-  DZ_CHECK(max_batch_tokens > 0 && max_logit_rows > 0 && max_length >= 0,
-           "Model: expected max_batch_tokens and max_logit_rows above 0 and max_length of 0 or "
-           "more, got ",
-           max_batch_tokens, ", ", max_logit_rows, ", ", max_length);
-  impl_ = std::make_unique<Impl>(backend, checkpoint, config, max_batch_tokens, max_logit_rows,
-                                 max_length);
+             const ModelSizes& sizes) {
+  check_sizes(sizes);
+  impl_ = std::make_unique<Impl>(backend, checkpoint, config, sizes);
+}
+
+ModelBytes Model::measure(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,
+                          const ModelSizes& sizes) {
+  check_sizes(sizes);
+  const BaseWeights weights =
+      load_base_weights(backend, checkpoint, config, /*measures_only=*/true);
+  const Impl::Scratch scratch(backend, config, backend.activation_dtype(weights.embedding.dtype),
+                              sizes, /*allocates=*/false);
+  return {weights.num_bytes,
+          scratch.num_bytes +
+              RopeTable::bytes_for(config, length_of(sizes, config), sizes.max_batch_tokens)};
 }
 
 Model::~Model() = default;

@@ -6,6 +6,14 @@
 
 namespace deltazip {
 
+std::size_t RopeTable::bytes_for(const ModelConfig& config, std::int64_t max_length,
+                                 std::int32_t max_batch_tokens) {
+  const std::int64_t num_rows = Rope(config).depends_on_length(max_length)
+                                    ? config.max_positions + max_batch_tokens
+                                    : max_length;
+  return static_cast<std::size_t>(num_rows * config.head_dim) * sizeof(float);
+}
+
 RopeTable::RopeTable(Backend& backend, const ModelConfig& config, std::int64_t max_length,
                      std::int32_t max_batch_tokens, Stream& stream)
     : backend_(backend),

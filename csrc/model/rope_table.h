@@ -17,12 +17,16 @@ class RopeTable {
   RopeTable(Backend& backend, const ModelConfig& config, std::int64_t max_length,
             std::int32_t max_batch_tokens, Stream& stream);
 
+  // What the constructor allocates on the device.
+  static std::size_t bytes_for(const ModelConfig& config, std::int64_t max_length,
+                               std::int32_t max_batch_tokens);
+
   // The table's row for each row of a batch. Valid until the next call.
   // Throws InvalidArgument for a position outside [0, max_length).
   std::span<const std::int32_t> rows(std::span<const std::int32_t> positions,
                                      std::span<const std::int32_t> lengths, Stream& stream);
   ConstTensorView angles() const;  // [num_rows, head_dim]
-  std::size_t num_bytes() const { return table_.num_bytes() + staging_.num_bytes(); }
+  std::size_t num_bytes() const { return table_.num_bytes(); }
 
  private:
   Backend& backend_;

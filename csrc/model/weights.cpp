@@ -30,8 +30,12 @@ void to_float32(ConstTensorView in, float* out) {
 // Reads tensors of the checkpoint, stacks them by rows, and puts them on the device.
 class Loader {
  public:
-  Loader(Backend& backend, const Checkpoint& checkpoint, BaseWeights& out)
-      : backend_(backend), checkpoint_(checkpoint), out_(out), stream_(backend.create_stream()) {}
+  Loader(Backend& backend, const Checkpoint& checkpoint, BaseWeights& out, bool measures_only)
+      : backend_(backend),
+        checkpoint_(checkpoint),
+        out_(out),
+        measures_only_(measures_only),
+        stream_(backend.create_stream()) {}
 
   PackedMatrix matrix(std::initializer_list<std::string> names) {
     std::vector<ConstTensorView> parts;
@@ -45,17 +49,24 @@ class Loader {
       rows += part.size(0);
     }
     const std::int64_t columns = parts[0].size(1);
-    const ConstTensorView stacked = parts.size() == 1 ? parts[0] : stack(parts, dtype, rows);
-
+    const DType packed_dtype = backend_.packed_dtype(dtype);
     Buffer buffer = allocate(backend_.packed_bytes(dtype, rows, columns));
+    if (measures_only_) return {nullptr, packed_dtype, rows, columns};
+
+    const ConstTensorView stacked = parts.size() == 1 ? parts[0] : stack(parts, dtype, rows);
     backend_.pack_weight(buffer.data(), stacked, *stream_);
     stream_->synchronize();  // the staging memory is used again
-    PackedMatrix packed{buffer.data(), backend_.packed_dtype(dtype), rows, columns};
+    PackedMatrix packed{buffer.data(), packed_dtype, rows, columns};
     out_.buffers.push_back(std::move(buffer));
     return packed;
   }
 
   const float* vector(std::initializer_list<std::string> names) {
+    std::int64_t size = 0;
+    for (const std::string& each : names) size += checkpoint_.find(each)->view.num_elements();
+    Buffer buffer = allocate(static_cast<std::size_t>(size) * sizeof(float));
+    if (measures_only_) return nullptr;
+
     std::vector<float> host;
     for (const std::string& each : names) {
       const ConstTensorView view = checkpoint_.find(each)->view;
@@ -63,7 +74,6 @@ class Loader {
       host.resize(begin + static_cast<std::size_t>(view.num_elements()));
       to_float32(view, host.data() + begin);
     }
-    Buffer buffer = allocate(host.size() * sizeof(float));
     backend_.copy_to_device(buffer.data(), host.data(), host.size() * sizeof(float), *stream_);
     stream_->synchronize();
     const float* data = static_cast<const float*>(buffer.data());
@@ -74,7 +84,7 @@ class Loader {
  private:
   Buffer allocate(std::size_t num_bytes) {
     out_.num_bytes += num_bytes;
-    return backend_.allocate(num_bytes);
+    return measures_only_ ? Buffer() : backend_.allocate(num_bytes);
   }
 
   ConstTensorView stack(std::span<const ConstTensorView> parts, DType dtype, std::int64_t rows) {
@@ -96,6 +106,7 @@ class Loader {
   Backend& backend_;
   const Checkpoint& checkpoint_;
   BaseWeights& out_;
+  const bool measures_only_;
   std::unique_ptr<Stream> stream_;
   std::vector<std::byte> staging_;
 };
@@ -103,11 +114,11 @@ class Loader {
 }  // namespace
 
 BaseWeights load_base_weights(Backend& backend, const Checkpoint& checkpoint,
-                              const ModelConfig& config) {
+                              const ModelConfig& config, bool measures_only) {
   check_tensors(checkpoint, config);
   BaseWeights out;
   out.lm_head_is_embedding = lm_head_is_embedding(checkpoint, config);
-  Loader load(backend, checkpoint, out);
+  Loader load(backend, checkpoint, out, measures_only);
 
   out.embedding = load.matrix({std::string(kEmbedding)});
   out.lm_head = out.lm_head_is_embedding ? out.embedding : load.matrix({std::string(kLmHead)});

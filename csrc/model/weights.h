@@ -50,8 +50,9 @@ struct BaseWeights {
   std::size_t num_bytes = 0;
 };
 
-// Throws InvalidArgument if the checkpoint does not match the config.
+// Throws InvalidArgument if the checkpoint does not match the config. `measures_only`: nothing is
+// read or allocated, num_bytes says what would be.
 BaseWeights load_base_weights(Backend& backend, const Checkpoint& checkpoint,
-                              const ModelConfig& config);
+                              const ModelConfig& config, bool measures_only);
 
 }  // namespace deltazip

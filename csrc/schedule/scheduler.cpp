@@ -11,6 +11,8 @@ namespace deltazip {
 Scheduler::Impl::Impl(const SchedulerConfig& given)
     : config(given),
       max_running(std::min(given.max_batch_sequences, given.max_batch_tokens)),
+      max_logit_rows(given.max_batch_logit_rows == 0 ? given.max_batch_tokens
+                                                     : given.max_batch_logit_rows),
       allocator(given.num_blocks),
       slots(given.num_delta_slots, given.delta_budget_bytes),
       slot_variant(static_cast<std::size_t>(given.num_delta_slots), nullptr) {
@@ -24,6 +26,8 @@ Scheduler::Impl::Impl(const SchedulerConfig& given)
   at_least_one(config.max_waiting, "max_waiting");
   at_least_one(config.max_model_len, "max_model_len");
   at_least_one(config.max_variant_wait_steps, "max_variant_wait_steps");
+  DZ_CHECK(max_logit_rows >= max_running, "scheduler: max_batch_logit_rows must be at least ",
+           max_running, ", one for each sequence of a step, got ", max_logit_rows);
   variants.emplace(kBaseVariant, std::make_unique<ScheduledVariant>());
 }
 
@@ -100,6 +104,7 @@ void Scheduler::add(SequenceSpec spec) {
   sequence->priority = spec.priority;
   sequence->arrival = impl.num_arrivals++;
   sequence->use_prefix_cache = spec.use_prefix_cache;
+  sequence->scores_prompt = spec.scores_prompt;
   sequence->root = spec.prefix_root;
   Sequence& added = *sequence;
   impl.sequences.emplace(spec.id, std::move(sequence));

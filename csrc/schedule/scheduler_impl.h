@@ -25,7 +25,7 @@ struct Sequence {
   std::vector<std::int32_t> tokens;  // prompt and output
   std::int32_t num_prompt_tokens = 0, max_new_tokens = 0, priority = 0;
   std::uint64_t arrival = 0;
-  bool use_prefix_cache = true;
+  bool use_prefix_cache = true, scores_prompt = false;
   Digest root;
   std::vector<Digest> keys;        // of the full blocks of `tokens`, as far as they were asked for
   std::vector<BlockId> blocks;     // empty while waiting
@@ -113,7 +113,8 @@ struct Scheduler::Impl {
   void check() const;
 
   const SchedulerConfig config;
-  const std::int32_t max_running;  // sequences of one step
+  const std::int32_t max_running;     // sequences of one step
+  const std::int32_t max_logit_rows;  // at least one for each of them
   BlockAllocator allocator;
   DeltaSlots slots;
   std::unordered_map<VariantId, std::unique_ptr<ScheduledVariant>> variants;

@@ -169,6 +169,12 @@ void Scheduler::Impl::schedule_running(Plan& plan) {
                         [&](const Sequence* s) { return num_remaining(*s) == 1; }));
       num_tokens = std::min(num_tokens, config.max_batch_tokens - plan.num_tokens -
                                             std::min(num_decodes, num_places - 1));
+      if (sequence.scores_prompt) {
+        // A logit row stays for each that may follow.
+        const auto num_after = static_cast<std::int32_t>(running.size() - i - 1);
+        num_tokens = std::min(
+            num_tokens, max_logit_rows - plan.num_logit_rows - std::min(num_after, num_places - 1));
+      }
     }
     if (num_tokens > 0) schedule(sequence, num_tokens, plan);
   }
@@ -179,7 +185,7 @@ void Scheduler::Impl::admit_waiting(Plan& plan) {
   if (!plan.chunks.empty() && (hold_places || !plan.preempted.empty())) return;
   while (static_cast<std::int32_t>(running.size()) < max_running &&
          static_cast<std::int32_t>(plan.chunks.size()) < max_running &&
-         plan.num_tokens < config.max_batch_tokens) {
+         plan.num_tokens < config.max_batch_tokens && plan.num_logit_rows < max_logit_rows) {
     Sequence* sequence = best_candidate();
     if (sequence == nullptr || !fits_now(*sequence)) return;
     admit(*sequence, /*with_turn=*/false);
@@ -187,7 +193,11 @@ void Scheduler::Impl::admit_waiting(Plan& plan) {
     DZ_INTERNAL(take_blocks(*sequence, plan), "sequence ", sequence->id, " was said to fit");
     const auto num_remaining =
         static_cast<std::int32_t>(sequence->tokens.size()) - sequence->num_computed;
-    schedule(*sequence, std::min(num_remaining, config.max_batch_tokens - plan.num_tokens), plan);
+    std::int32_t num_tokens = std::min(num_remaining, config.max_batch_tokens - plan.num_tokens);
+    if (sequence->scores_prompt) {
+      num_tokens = std::min(num_tokens, max_logit_rows - plan.num_logit_rows);
+    }
+    schedule(*sequence, num_tokens, plan);
   }
 }
 
@@ -297,6 +307,7 @@ void Scheduler::Impl::schedule(Sequence& sequence, std::int32_t num_tokens, Plan
   sequence.samples_in_flight = start + count == sequence.tokens.size();
   in_flight.push_back(&sequence);
   plan.num_tokens += num_tokens;
+  plan.num_logit_rows += sequence.scores_prompt ? num_tokens : 1;
   plan.chunks.push_back({sequence.id, sequence.variant->id, sequence.variant->slot,
                          sequence.num_computed, num_tokens, sequence.samples_in_flight,
                          std::span(sequence.tokens).subspan(start, count), sequence.blocks});

@@ -20,6 +20,7 @@ class EngineConfig:
     base_name: str
     device: str
     num_threads: int
+    dtype: str
     kv_dtype: str
     kv_cache_bytes: int
     memory_budget_bytes: int

@@ -100,8 +100,8 @@ class LLM:
     Args:
         base: folder of the base model, in Hugging Face layout, with a tokenizer.
         variants: name -> folder of a compressed fine-tune (delta.safetensors).
-        engine_options: further fields of `_C.EngineConfig`: num_threads, kv_cache_bytes,
-            max_model_len, max_batch_sequences and others.
+        engine_options: further fields of `_C.EngineConfig`: device, dtype, num_threads,
+            kv_cache_bytes, max_model_len, max_batch_sequences and others.
 
     Raises:
         ValueError: a folder or an option is not valid; it is named.

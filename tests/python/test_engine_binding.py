@@ -68,7 +68,8 @@ def generate(
 
 def test_every_field_goes_in_by_keyword_and_comes_back() -> None:
     given = {
-        "base": "x", "base_name": "b", "device": "cpu", "num_threads": 3, "kv_dtype": "bfloat16",
+        "base": "x", "base_name": "b", "device": "cpu", "num_threads": 3,
+        "dtype": "float16", "kv_dtype": "bfloat16",
         "kv_cache_bytes": 1 << 40, "max_model_len": 7, "prefix_caching": False,
     }  # fmt: skip
     config = _C.EngineConfig(**given)
@@ -162,7 +163,8 @@ def test_it_generates_and_says_what_it_is(engine: _C.Engine, base: Path) -> None
     assert engine.device_description().startswith("cpu")
     config = engine.config()
     assert config.base_name == "tiny-base"
-    assert config.kv_dtype == "float32"
+    assert config.kv_dtype == config.dtype == "float32"
+    assert (config.max_batch_sequences, config.max_variants_per_batch) == (64, 8)
     assert config.max_model_len == 512
     rows = {row.what: row.bytes for row in engine.capacity()}
     assert set(rows) == {"base weights", "scratch", "delta slots", "KV cache", "left"}

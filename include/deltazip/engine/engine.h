@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "deltazip/backend/backend.h"
 #include "deltazip/backend/params.h"
 #include "deltazip/base/log.h"
 #include "deltazip/schedule/scheduler.h"
@@ -18,17 +19,21 @@ struct EngineConfig {
   std::string base_name;  // what requests call the base; empty: the folder's name
   std::string device = "cpu";
   std::int32_t num_threads = 0;
-  std::string kv_dtype = "auto";    // auto: float32 on the CPU, the model's on a GPU
+  std::string dtype = "auto";  // of activations and base weights on a device: float16, bfloat16;
+                               // auto: the checkpoint's, or bfloat16. The CPU computes in float32
+  std::string kv_dtype = "auto";    // auto: that of the activations
   std::int64_t kv_cache_bytes = 0;  // 0: what is left of the budget; on a CPU at most 4 GiB, or one
                                     // sequence of max_model_len
-  std::int64_t memory_budget_bytes = 0;  // weights + scratch + slots + KV; 0: 80 % of free memory
-  std::int64_t delta_budget_bytes = 0;   // slots; 0: room for num_delta_slots 4-bit variants
+  std::int64_t memory_budget_bytes = 0;  // weights + scratch + slots + KV; 0: 80 % of free memory,
+                                         // 92 % of a device's
+  std::int64_t delta_budget_bytes = 0;   // slots; 0: room for num_delta_slots 4-bit variants, at
+                                         // most half of what is left
   std::int64_t host_budget_bytes = 0;    // tiled deltas kept in host memory; 0: no bound
-  std::int32_t num_delta_slots = 8;
+  std::int32_t num_delta_slots = 0;      // 0: 8 on a CPU, 64 on a device
   std::int32_t block_size = 16;
-  std::int32_t max_batch_tokens = 512;
-  std::int32_t max_batch_sequences = 64;
-  std::int32_t max_variants_per_batch = 8;
+  std::int32_t max_batch_tokens = 0;        // 0: 512 on a CPU, 8192 on a device
+  std::int32_t max_batch_sequences = 0;     // 0: 64 on a CPU, 256 on a device
+  std::int32_t max_variants_per_batch = 0;  // 0: 8 on a CPU, 64 on a device
   std::int32_t max_waiting = 4096;
   std::int32_t max_model_len = 0;  // 0: the model's own
   std::int32_t max_variant_wait_steps = 64;
@@ -113,6 +118,8 @@ struct EngineStats {
 class Engine {
  public:
   explicit Engine(const EngineConfig& config, const LogSink& log = log_to_stderr);
+  // On a device that the caller made; `config.device` only names it.
+  Engine(const EngineConfig& config, const LogSink& log, std::unique_ptr<Backend> backend);
   ~Engine();  // cancels what is left
 
   // Validates fully, then advertises. Waits; throws InvalidArgument with nothing changed.

@@ -51,19 +51,35 @@ struct Batch {
   std::vector<std::int32_t> logit_rows;  // rows whose logits are wanted, ascending
 };
 
+// What a model makes room for.
+struct ModelSizes {
+  std::int32_t max_batch_tokens = 0;
+  std::int32_t max_logit_rows = 0;  // rows of one step whose logits are wanted
+  std::int64_t max_length = 0;      // positions are below it; 0: config.max_length()
+};
+
+struct ModelBytes {
+  std::size_t weights = 0;
+  std::size_t scratch = 0;  // activations, logits, angles
+};
+
 // The Llama decoder, written once over Ops. Base weights live here; deltas come with the batch.
 // Engine thread, except bind().
 class Model {
  public:
-  // Packs the weights layer by layer; `checkpoint` may be closed afterwards. Positions are below
-  // `max_length`; 0: config.max_length(). Throws InvalidArgument if weights and config disagree.
+  // Packs the weights layer by layer; `checkpoint` may be closed afterwards. Throws InvalidArgument
+  // if weights and config disagree.
   Model(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,
-        std::int32_t max_batch_tokens, std::int32_t max_logit_rows, std::int64_t max_length = 0);
+        const ModelSizes& sizes);
   ~Model();
 
   const ModelConfig& config() const;
   std::size_t weight_bytes() const;   // on the device
-  std::size_t scratch_bytes() const;  // activations and logits, allocated at construction
+  std::size_t scratch_bytes() const;  // allocated at construction
+
+  // What the constructor would allocate on the device. Throws as it does.
+  static ModelBytes measure(Backend& backend, const Checkpoint& checkpoint,
+                            const ModelConfig& config, const ModelSizes& sizes);
 
   // Names and shapes every delta must cover: the checkpoint's tensors.
   static std::vector<BaseTensor> base_tensors(const Checkpoint& checkpoint);

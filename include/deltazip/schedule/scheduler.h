@@ -18,6 +18,7 @@ struct SchedulerConfig {
   std::int32_t block_size = 16;         // KV positions of a block
   std::int32_t max_batch_tokens = 512;  // rows of one step, prefill chunks and decodes together
   std::int32_t max_batch_sequences = 64;
+  std::int32_t max_batch_logit_rows = 0;  // rows of one step whose logits are wanted; 0: all may be
   std::int32_t max_variants_per_batch = 8;  // distinct deltas in one step
   std::int32_t max_waiting = 4096;          // sequences; one more is refused
   std::int32_t max_model_len = 0;           // prompt + output
@@ -36,6 +37,7 @@ struct SequenceSpec {
   std::int32_t priority = 0;     // lower runs first; ties by arrival
   Digest prefix_root;            // variant content + salt
   bool use_prefix_cache = true;  // false for prompt logprobs: every prompt row must be computed
+  bool scores_prompt = false;    // prompt logprobs: every row of it counts as a logit row
 };
 
 // One sequence's share of a step: tokens [start, start + num_tokens) are computed.
@@ -67,6 +69,7 @@ struct Plan {
   std::vector<DeltaLoad> loads;        // to start now; asynchronous
   std::vector<SequenceId> preempted;   // blocks given back; recomputed later. For metrics
   std::int32_t num_tokens = 0;
+  std::int32_t num_logit_rows = 0;  // at most
   bool empty() const { return chunks.empty(); }
 };
 

@@ -40,16 +40,17 @@ class Settings(BaseModel):
 
     device: str = Field("cpu", description="Where to compute.")
     threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0 is all cores.")
+    dtype: str = Field("auto", description="Type a GPU computes in; auto is the base's.")
     kv_dtype: str = Field("auto", description="Type of the KV cache.")
     kv_cache_gib: float = Field(0, ge=0, le=1 << 20, description="KV cache; 0 is what is left.")
-    memory_gib: float = Field(0, ge=0, le=1 << 20, description="Memory budget; 0 is 80 % of free.")
+    memory_gib: float = Field(0, ge=0, le=1 << 20, description="Memory budget; 0 is chosen.")
     delta_gib: float = Field(0, ge=0, le=1 << 20, description="Delta slots; 0 is chosen.")
     host_gib: float = Field(0, ge=0, le=1 << 20, description="Deltas in host memory; 0 unbounded.")
-    num_delta_slots: int = Field(8, ge=1, le=4096, description="Deltas on the device at once.")
+    num_delta_slots: int = Field(0, ge=0, le=4096, description="Deltas on the device; 0: auto.")
     block_size: int = Field(16, ge=1, le=1024, description="Positions of one KV block.")
-    max_batch_tokens: int = Field(512, ge=1, le=1 << 20, description="Tokens of one step.")
-    max_batch_sequences: int = Field(64, ge=1, le=65536, description="Sequences of one step.")
-    max_variants_per_batch: int = Field(8, ge=1, le=4096, description="Variants of one step.")
+    max_batch_tokens: int = Field(0, ge=0, le=1 << 17, description="Tokens of one step; 0: auto.")
+    max_batch_sequences: int = Field(0, ge=0, le=65536, description="Sequences of a step; 0: auto.")
+    max_variants_per_batch: int = Field(0, ge=0, le=4096, description="Variants a step; 0: auto.")
     max_waiting: int = Field(4096, ge=1, le=1 << 20, description="Queue; one more is a 429.")
     max_model_len: int = Field(0, ge=0, le=1 << 24, description="Prompt + output; 0 the model's.")
     max_variant_wait_steps: int = Field(
@@ -133,6 +134,7 @@ class Settings(BaseModel):
             "base": str(self.base),
             "device": self.device,
             "num_threads": self.threads,
+            "dtype": self.dtype,
             "kv_dtype": self.kv_dtype,
             "kv_cache_bytes": int(self.kv_cache_gib * _GIB),
             "memory_budget_bytes": int(self.memory_gib * _GIB),

@@ -4,6 +4,7 @@
 
 #include <functional>
 
+#include "backend/wrapped_backend.h"
 #include "deltazip/engine/engine.h"
 #include "deltazip/io/checkpoint.h"
 #include "engine/harness.h"
@@ -56,11 +57,14 @@ TEST(BadInput, ConfigsAreRefusedWithTheRange) {
       {"a variant's name", [](auto& c) { c.base_name = "a/b"; }},
       {"device", [](auto& c) { c.device = "abacus"; }},
       {"num_threads", [](auto& c) { c.num_threads = -1; }},
+      {"dtype", [](auto& c) { c.dtype = "bfloat16"; }},  // the CPU computes in float32
+      {"float16 or bfloat16 on device 'cuda', got 'float32'",
+       [](auto& c) { c.device = "cuda", c.dtype = "float32"; }},
       {"kv_dtype", [](auto& c) { c.kv_dtype = "int4"; }},
       {"block_size", [](auto& c) { c.block_size = 0; }},
-      {"max_batch_tokens", [](auto& c) { c.max_batch_tokens = 0; }},
-      {"max_batch_sequences", [](auto& c) { c.max_batch_sequences = 0; }},
-      {"num_delta_slots", [](auto& c) { c.num_delta_slots = 0; }},
+      {"max_batch_tokens", [](auto& c) { c.max_batch_tokens = -1; }},
+      {"max_batch_sequences", [](auto& c) { c.max_batch_sequences = -1; }},
+      {"num_delta_slots", [](auto& c) { c.num_delta_slots = -1; }},
       {"max_waiting", [](auto& c) { c.max_waiting = 0; }},
       {"positions end at 128", [](auto& c) { c.max_model_len = 129; }},
       {"memory budget", [](auto& c) { c.memory_budget_bytes = 1; }},
@@ -70,6 +74,43 @@ TEST(BadInput, ConfigsAreRefusedWithTheRange) {
     const std::string got = error(change);
     EXPECT_NE(got.find(message), std::string::npos) << "expected " << message << ", got " << got;
   }
+}
+
+// A device whose memory is a number. It may hold less than it says.
+class SmallDevice : public test::WrappedBackend {
+ public:
+  SmallDevice(std::size_t free_bytes, std::size_t largest)
+      : WrappedBackend(make_backend("cpu", {2, {}})), free_bytes_(free_bytes), largest_(largest) {}
+  MemoryInfo memory_info() const override { return {free_bytes_, free_bytes_}; }
+  Buffer allocate(std::size_t num_bytes) override {
+    if (num_bytes > largest_) throw ResourceExhausted("the device is full");
+    ++num_allocations;
+    return inner().allocate(num_bytes);
+  }
+  static inline int num_allocations = 0;
+
+ private:
+  std::size_t free_bytes_, largest_;
+};
+
+TEST(BadInput, ADeviceThatIsTooSmallSaysWhatFits) {
+  TinyHouse house;
+  EngineConfig config = house.config();
+  config.kv_cache_bytes = 0;
+  config.max_batch_tokens = 256;
+  const auto start = [&](std::size_t free_bytes, std::size_t largest) {
+    SmallDevice::num_allocations = 0;
+    Engine engine(config, test::silent, std::make_unique<SmallDevice>(free_bytes, largest));
+  };
+  EXPECT_NO_THROW(start(8 << 20, 8 << 20));
+  EXPECT_GT(SmallDevice::num_allocations, 0);
+  const std::string no_scratch = message_of<InvalidArgument>([&] { start(400'000, 1 << 20); });
+  EXPECT_NE(no_scratch.find("lower max_batch_tokens: "), std::string::npos) << no_scratch;
+  const std::string no_weights = message_of<InvalidArgument>([&] { start(10'000, 1 << 20); });
+  EXPECT_NE(no_weights.find("a larger device"), std::string::npos) << no_weights;
+  EXPECT_EQ(SmallDevice::num_allocations, 0) << "known before anything was loaded";
+  const std::string refused = message_of<ResourceExhausted>([&] { start(8 << 20, 200'000); });
+  EXPECT_NE(refused.find("no memory for the KV cache, although"), std::string::npos) << refused;
 }
 
 TEST(BadInput, VariantsAreRefusedAndTheNameStaysFree) {

@@ -66,7 +66,7 @@ TEST(Failure, AFailedStepEndsTheEngineLoudly) {
   engine::Resources resources(house.config(), test::silent);
   // A model that takes fewer rows than the scheduler was told: a step of ours that must fail.
   resources.model = std::make_unique<Model>(*resources.backend, Checkpoint::open(house.base()),
-                                            resources.model_config, 4, 4);
+                                            resources.model_config, ModelSizes{4, 4});
   engine::FrontDesk desk(resources.base_record(), 100);
   engine::Outbox outbox;
   std::string logged;

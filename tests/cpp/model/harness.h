@@ -42,7 +42,7 @@ class Harness {
         stream_(backend_->create_stream()),
         checkpoint_(Checkpoint::open(folder)),
         model_(*backend_, checkpoint_, ModelConfig::parse(checkpoint_.config_json()),
-               options.max_batch_tokens, options.max_batch_tokens, options.max_length),
+               {options.max_batch_tokens, options.max_batch_tokens, options.max_length}),
         cache_(*backend_, model_.config(), options.kv_dtype, options.num_blocks,
                options.block_size),
         block_size_(options.block_size),

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/wrapped_backend.h"
 #include "deltazip/base/error.h"
 #include "io/safetensors_builder.h"
 #include "model/harness.h"
@@ -66,6 +67,37 @@ INSTANTIATE_TEST_SUITE_P(
         R"({"rope_scaling": {"type": "yarn", "factor": 4,
             "original_max_position_embeddings": 32}})",
         R"({"architectures": ["MistralForCausalLM"], "sliding_window": null})"));
+
+class CountingBackend : public test::WrappedBackend {
+ public:
+  CountingBackend() : WrappedBackend(make_backend("cpu")) {}
+  Buffer allocate(std::size_t num_bytes) override {
+    total += num_bytes;
+    return inner().allocate(num_bytes);
+  }
+  std::int32_t padded_rows(std::int32_t num_rows) const override { return num_rows + 50; }
+  std::size_t total = 0;
+};
+
+TEST(Model, MeasuresWhatItAllocates) {
+  for (const char* patch :
+       {"{}", R"({"tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true})",
+        R"({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 32})"}) {
+    const TemporaryFolder folder;
+    make_tiny_model(patch, 1).write(folder.path());
+    const Checkpoint checkpoint = Checkpoint::open(folder.path());
+    const ModelConfig config = ModelConfig::parse(checkpoint.config_json());
+    for (const ModelSizes& sizes : {ModelSizes{8, 8}, ModelSizes{100, 20, 17}}) {
+      CountingBackend backend;
+      const ModelBytes bytes = Model::measure(backend, checkpoint, config, sizes);
+      EXPECT_EQ(backend.total, 0u);
+      const Model model(backend, checkpoint, config, sizes);
+      EXPECT_EQ(bytes.weights, model.weight_bytes());
+      EXPECT_EQ(bytes.scratch, model.scratch_bytes());
+      EXPECT_EQ(bytes.weights + bytes.scratch, backend.total) << patch;
+    }
+  }
+}
 
 TEST(Model, AStoredTiedHeadChangesNothing) {
   const Tokens tokens = random_tokens(9, 3);

@@ -182,6 +182,34 @@ TEST(Scheduler, WithoutPrefixCacheNothingIsLookedUpOrPublished) {
   EXPECT_EQ(scheduler.stats().prefix_query_tokens, 12);
 }
 
+TEST(Scheduler, AScoredPromptComesInChunksThatTheLogitsHaveRoomFor) {
+  SchedulerConfig config = small();
+  config.max_batch_logit_rows = 8;
+  Scheduler scheduler(config);
+  scheduler.add(spec_of(1, 3, 4));
+  SequenceSpec scored = spec_of(2, 14, 1);
+  scored.use_prefix_cache = false;
+  scored.scores_prompt = true;
+  scheduler.add(scored);
+  Plan plan = scheduler.plan();  // 1 samples one row, 7 are left for 2
+  EXPECT_EQ(chunk_of(plan, 1)->num_tokens, 3);
+  EXPECT_EQ(chunk_of(plan, 2)->num_tokens, 7);
+  EXPECT_EQ(plan.num_logit_rows, 8);
+  scheduler.add(spec_of(3, 2, 1));
+  commit(scheduler, plan);
+  plan = scheduler.plan();
+  EXPECT_EQ(chunk_of(plan, 2)->num_tokens, 7);
+  EXPECT_EQ(chunk_of(plan, 3), nullptr) << "no logit row was left";
+  commit(scheduler, plan, {2});
+  plan = scheduler.plan();
+  EXPECT_NE(chunk_of(plan, 3), nullptr);
+  commit(scheduler, plan, {1, 3});
+
+  config.max_batch_logit_rows = 7;
+  EXPECT_NE(message_of<InvalidArgument>([&] { Scheduler few(config); }).find("at least 8"),
+            std::string::npos);
+}
+
 TEST(Scheduler, BlocksOfAnErrorAreNotFoundByOthers) {
   Scheduler scheduler(small());
   scheduler.add(spec_of(1, 12, 4));

@@ -76,6 +76,7 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
         request.salt = draw(4) == 0 ? 1 : 0;
         request.seed = static_cast<std::uint64_t>(draw(4));
         request.use_prefix_cache = draw(8) != 0;
+        request.scores_prompt = !request.use_prefix_cache;
         request.fails_after = draw(12) == 0 ? draw(6) : -1;
         const std::int32_t num_waiting = engine.scheduler().stats().num_waiting;
         try {
@@ -141,6 +142,12 @@ Setting without_prefix_cache() {
   return setting;
 }
 
+Setting few_logit_rows() {
+  Setting setting{"FewLogitRows", config_of(40, 4, 32, 6, 3, 3), 6, 40, 12};
+  setting.config.max_batch_logit_rows = 6;
+  return setting;
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Settings, SchedulerWalk,
     testing::Values(Setting{"Roomy", config_of(200, 4, 64, 16, 4, 4), 6, 40, 20},
@@ -150,7 +157,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Setting{"MoreSeatsThanSlots", config_of(24, 4, 16, 8, 2, 6), 12},
                     Setting{"OneTokenBlocks", config_of(40, 1, 8, 8, 3, 3), 6, 16, 10},
                     Setting{"OneRow", config_of(12, 4, 1, 8, 3, 3), 4, 12, 6},
-                    Setting{"FewPlaces", config_of(30, 4, 64, 2, 3, 3), 8}, without_prefix_cache()),
+                    Setting{"FewPlaces", config_of(30, 4, 64, 2, 3, 3), 8}, without_prefix_cache(),
+                    few_logit_rows()),
     [](const auto& setting) { return setting.param.name; });
 
 }  // namespace

@@ -83,6 +83,7 @@ void SimulatedEngine::submit(const Request& request) {
   spec.priority = request.priority;
   spec.prefix_root = root_of(request.variant, request.salt);
   spec.use_prefix_cache = request.use_prefix_cache;
+  spec.scores_prompt = request.scores_prompt;
   scheduler_.add(std::move(spec));
   sequences_[request.id] = {request, request.prompt, -1};
   check();
@@ -111,6 +112,7 @@ void SimulatedEngine::fork(SequenceId parent, SequenceId child, std::uint64_t se
   Sequence copy = sequences_.at(parent);
   copy.request.id = child;
   copy.request.seed = seed;
+  copy.request.scores_prompt = false;  // its parent has done that
   bool joins = joined_.contains(parent);
   for (const ScheduledChunk& chunk : plan_.chunks) {
     if (!is_under_way_ || chunk.id != parent) continue;
@@ -126,7 +128,7 @@ void SimulatedEngine::verify_plan() const {
   std::set<SequenceId> ids;
   std::set<SlotId> delta_slots;
   std::set<BlockId> written;
-  std::int32_t num_tokens = 0;
+  std::int32_t num_tokens = 0, num_logit_rows = 0;
   SlotId last_slot = kNoSlot;
   for (const ScheduledChunk& chunk : plan_.chunks) {
     const auto found = sequences_.find(chunk.id);
@@ -168,9 +170,19 @@ void SimulatedEngine::verify_plan() const {
              "two chunks write the same block");
     }
     num_tokens += chunk.num_tokens;
+    // The last row of a prompt scores nothing: it samples.
+    const auto num_prompt = static_cast<std::int32_t>(sequence.request.prompt.size());
+    const std::int32_t num_scored = sequence.request.scores_prompt
+                                        ? std::max(0, std::min(num_prompt - 1, end) - chunk.start)
+                                        : 0;
+    num_logit_rows += num_scored + (chunk.samples ? 1 : 0);
   }
   demand(num_tokens == plan_.num_tokens && num_tokens <= config_.max_batch_tokens, num_tokens,
          " tokens in a step");
+  const std::int32_t max_logit_rows =
+      config_.max_batch_logit_rows == 0 ? config_.max_batch_tokens : config_.max_batch_logit_rows;
+  demand(num_logit_rows <= plan_.num_logit_rows && plan_.num_logit_rows <= max_logit_rows,
+         num_logit_rows, " logit rows in a step of ", plan_.num_logit_rows);
   demand(static_cast<std::int32_t>(ids.size()) <= config_.max_batch_sequences, "too many chunks");
   demand(static_cast<std::int32_t>(delta_slots.size()) <= config_.max_variants_per_batch,
          delta_slots.size(), " deltas in a step");

@@ -27,6 +27,7 @@ class SimulatedEngine {
     std::uint32_t salt = 0;
     std::uint64_t seed = 0;
     bool use_prefix_cache = true;
+    bool scores_prompt = false;     // wants the logits of each row of it
     std::int32_t fails_after = -1;  // ends in an error (token -1) at that new token
   };
 
