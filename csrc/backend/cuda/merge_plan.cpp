@@ -6,12 +6,12 @@
 namespace deltazip::cuda {
 
 MergePlan plan_merges(std::span<const SbmmTask> tasks, std::int64_t num_rows,
-                      std::int64_t min_rows) {
+                      bool (*merges)(const SbmmTask& task)) {
   MergePlan plan;
   std::vector<SbmmTask> large;
   for (const SbmmTask& task : tasks) {
     if (task.delta.data == nullptr || task.num_rows == 0) continue;
-    (task.num_rows >= min_rows ? large : plan.sparse).push_back(task);
+    (merges(task) ? large : plan.sparse).push_back(task);
   }
   std::ranges::sort(large, {},
                     [](const SbmmTask& t) { return std::tuple(t.first_row, t.out_offset); });

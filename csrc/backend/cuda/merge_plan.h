@@ -23,9 +23,9 @@ struct MergePlan {
   std::vector<SbmmTask> sparse;  // of rows in `base`
 };
 
-// `tasks` as Ops has checked them: row ranges are the same or disjoint. Segments of min_rows and
-// more are merged.
+// `tasks` as Ops has checked them: row ranges are the same or disjoint. `merges` says which tasks
+// are worth a weight of their own.
 MergePlan plan_merges(std::span<const SbmmTask> tasks, std::int64_t num_rows,
-                      std::int64_t min_rows);
+                      bool (*merges)(const SbmmTask& task));
 
 }  // namespace deltazip::cuda

@@ -102,12 +102,14 @@ void time_shapes(const Bench& bench, double peak_tbs) {
     base_gemm::Tile tile;
     int ctas_per_sm;
   };
-  constexpr Variant kVariants[] = {{"128/16", {128, 16, true}, 1},
-                                   {"128/32", {128, 32, true}, 1},
-                                   {"64/16", {64, 16, true}, 1},
+  constexpr Variant kVariants[] = {{"128/16", {128, 16}, 1},
+                                   {"128/32", {128, 32}, 1},
+                                   {"64/16", {64, 16}, 1},
                                    {"128/16 l2=128", {128, 16, false}, 1},
-                                   {"128/16 two a SM", {128, 16, true}, 2},
-                                   {"64/16 two a SM", {64, 16, true}, 2}};
+                                   {"128/16 next 0", {128, 16, true, 0}, 1},
+                                   {"128/16 next 4", {128, 16, true, 4}, 1},
+                                   {"128/16 next all", {128, 16, true, 1 << 20}, 1},
+                                   {"128/16 two a SM", {128, 16}, 2}};
   constexpr Shape kShapes[] = {
       {4096, 4096}, {4096, 12288}, {4096, 22016}, {11008, 4096}, {4096, 32000}};
   std::printf("\nus and TB/s of weights (share of %.2f), fp16, in graphs\n", peak_tbs);

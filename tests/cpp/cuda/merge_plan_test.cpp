@@ -25,7 +25,8 @@ TEST(MergePlanTest, SplitsRowsBySizeOfSegment) {
   empty.delta.data = nullptr;
   const std::vector<SbmmTask> tasks = {task(200, 500, 64), task(0, 10, 0), task(200, 500, 0),
                                        task(0, 10, 64),    empty,          task(800, 300, 128)};
-  const MergePlan plan = plan_merges(tasks, 1100, 300);
+  const MergePlan plan =
+      plan_merges(tasks, 1100, [](const SbmmTask& t) { return t.num_rows >= 300; });
   ASSERT_EQ(plan.merged.size(), 2u);
   EXPECT_EQ(plan.merged[0].first_row, 200);
   EXPECT_EQ(plan.merged[0].num_rows, 500);
@@ -55,7 +56,8 @@ TEST(MergePlanTest, EveryRowIsSomebodysOnce) {
       row += count;
     }
     std::shuffle(tasks.begin(), tasks.end(), rng);
-    const MergePlan plan = plan_merges(tasks, row, 128);
+    const MergePlan plan =
+        plan_merges(tasks, row, [](const SbmmTask& t) { return t.num_rows >= 128; });
     std::vector<int> owners(static_cast<std::size_t>(row));
     std::size_t num_tasks = 0;
     const auto own = [&](std::int32_t first, std::int32_t count) {

@@ -25,6 +25,9 @@ struct Tile {
   int rows = 128;
   int warp_rows = 16;
   bool fetches_256 = true;  // L2 takes 256 bytes of a row where 128 are asked for
+  // The next kernel may begin when this many units are not yet asked for. Too early, its first ring
+  // is fetched long before it is needed and memory idles while shared blocks are added up.
+  int launch_units = 1;
 };
 
 // B fragments are read once per warp: from 64 tokens on, wider warps halve that traffic, which

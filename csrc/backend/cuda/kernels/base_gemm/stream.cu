@@ -46,7 +46,7 @@ CUtensorMap matrix_map(const void* data, std::int64_t rows, std::int64_t columns
 }
 
 template <typename T, int kTokens, int kRows, int kWarpRows>
-void launch_shape(const StreamGemm& params, bool fetches_256, cudaStream_t stream) {
+void launch_shape(const StreamGemm& params, Tile tile, cudaStream_t stream) {
   using Shape = StreamShape<kTokens, kRows, kWarpRows>;
   const auto kernel = stream_gemm<T, Shape>;
   allow_shared_memory(kernel, Shape::kSmemBytes);
@@ -58,12 +58,13 @@ void launch_shape(const StreamGemm& params, bool fetches_256, cudaStream_t strea
                         schedule,
                         static_cast<std::int32_t>(params.num_tokens),
                         static_cast<std::int32_t>(params.out_features),
+                        static_cast<std::uint32_t>(tile.launch_units),
                         params.y_dtype == DType::kFloat32};
   launch(kernel, {schedule.num_ctas, Shape::kThreads, Shape::kSmemBytes}, stream,
          matrix_map(params.weight, params.out_features, params.in_features, kRows, params.dtype,
-                    fetches_256),
+                    tile.fetches_256),
          matrix_map(params.x, params.num_tokens, params.in_features, kTokens, params.dtype,
-                    fetches_256),
+                    tile.fetches_256),
          args);
 }
 
@@ -108,9 +109,9 @@ void launch_stream_gemm(const StreamGemm& params, Tile tile, cudaStream_t stream
   const auto with_tile = [&]<int kRows, int kWarpRows>() {
     with_tokens(params.num_tokens, [&]<int kTokens>() {
       if (params.dtype == DType::kFloat16) {
-        launch_shape<__half, kTokens, kRows, kWarpRows>(params, tile.fetches_256, stream);
+        launch_shape<__half, kTokens, kRows, kWarpRows>(params, tile, stream);
       } else {
-        launch_shape<__nv_bfloat16, kTokens, kRows, kWarpRows>(params, tile.fetches_256, stream);
+        launch_shape<__nv_bfloat16, kTokens, kRows, kWarpRows>(params, tile, stream);
       }
     });
   };

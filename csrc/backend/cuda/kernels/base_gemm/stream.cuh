@@ -22,6 +22,7 @@ struct StreamArgs {
   std::uint32_t* counters;  // [blocks], zero between launches
   Schedule schedule;
   std::int32_t num_tokens, out_features;
+  std::uint32_t launch_units;
   bool is_float32;  // y
 };
 
@@ -50,15 +51,18 @@ __device__ __forceinline__ std::uint32_t swizzled(std::uint32_t row, std::uint32
 
 template <typename Shape>
 __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUtensorMap* x_map,
-                                        const Schedule& schedule, std::uint32_t ring,
+                                        const StreamArgs& args, std::uint32_t ring,
                                         std::uint32_t full, std::uint32_t empty,
                                         std::uint32_t first, std::uint32_t last) {
+  const Schedule& schedule = args.schedule;
+  const std::uint32_t launch_at = last - min(args.launch_units, last - first);
   const std::uint64_t once = policy_evict_first(), often = policy_evict_last();
   const auto column = [&](std::uint32_t unit, int box) {
     return static_cast<int>(unit % schedule.units_per_block) * Shape::kBoxes * kBoxColumns +
            box * kBoxColumns;
   };
   const auto fetch_weights = [&](std::uint32_t unit, std::uint32_t stage) {
+    if (unit == launch_at) griddep_launch();
     const std::uint32_t to = ring + stage * Shape::kStageBytes;
     mbarrier_arrive_expect_tx(full + 8 * stage, Shape::kStageBytes);
     const int row = static_cast<int>(unit / schedule.units_per_block) * Shape::kRows;
@@ -93,6 +97,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
       parity ^= 1;
     }
   }
+  if (launch_at == last) griddep_launch();
 }
 
 // One stage's products, added to this warp's sums.
@@ -295,7 +300,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   extern __shared__ std::uint8_t smem[];
   __shared__ __align__(8) std::uint64_t full[Shape::kStages], empty[Shape::kStages];
   __shared__ std::uint32_t arrived;
-  griddep_launch();
   const std::uint32_t ring = (smem_address(smem) + 1023) & ~1023U;
   const std::uint32_t full_address = smem_address(full), empty_address = smem_address(empty);
   const std::uint32_t first = args.schedule.first_unit(blockIdx.x);
@@ -312,8 +316,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   __syncthreads();
   if (threadIdx.x >= Shape::kConsumers) {
     if (threadIdx.x == Shape::kConsumers) {
-      produce<Shape>(&weight_map, &x_map, args.schedule, ring, full_address, empty_address, first,
-                     last);
+      produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last);
     }
   } else {
     griddep_wait();
