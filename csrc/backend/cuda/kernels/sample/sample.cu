@@ -30,10 +30,10 @@ __device__ std::int32_t choose(RowSampler<T>& sampler, const SamplingRow& row, B
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) __cluster_dims__(kClusterSize, 1, 1)
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) __cluster_dims__(kClusterSize, 1, 1)
     sample_kernel(const SampleLaunch params) {
-  extern __shared__ u32 memory[];
-  __shared__ Shared shared;
+  extern __shared__ uint4 memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   griddep_launch();
   if (threadIdx.x == 0) shared.num_top = 0;
   cluster_arrive();
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2) __cluster_dims__(kClusterSize, 1,
   Cluster cluster(shared.exchange);
   RowSampler<T> sampler(params, row,
                         static_cast<const T*>(params.logits) + index * params.vocab_size, cluster,
-                        shared, memory);
+                        shared, reinterpret_cast<u32*>(&shared + 1));
   griddep_wait();
   cluster.begin();
   Best best;
@@ -62,9 +62,11 @@ __global__ void __launch_bounds__(kThreads, 2) __cluster_dims__(kClusterSize, 1,
   if (scores) sampler.score(token, best, out);
 }
 
-std::int64_t shared_bytes(std::int64_t vocab_size) {
+// All of it dynamic: static memory would count against the 48 KB that need no permission.
+std::size_t shared_bytes(std::int64_t vocab_size) {
   const std::int64_t share = RowSampler<float>::share(vocab_size);
-  return static_cast<std::int64_t>(sizeof(u32)) * (share + std::min(share, kMaxCounts));
+  return sizeof(Shared) +
+         sizeof(u32) * static_cast<std::size_t>(share + std::min(share, kMaxCounts));
 }
 
 }  // namespace
@@ -76,7 +78,7 @@ std::int64_t max_sample_vocab(std::size_t shared_bytes_per_block) {
 
 void launch_sample(const SampleLaunch& params, cudaStream_t stream) {
   const auto with_type = [&]<typename T>() {
-    const auto num_bytes = static_cast<std::size_t>(shared_bytes(params.vocab_size));
+    const std::size_t num_bytes = shared_bytes(params.vocab_size);
     allow_shared_memory(sample_kernel<T>, num_bytes);
     launch(sample_kernel<T>,
            {dim3(static_cast<unsigned>(params.num_rows * kClusterSize)), dim3(kThreads), num_bytes},
