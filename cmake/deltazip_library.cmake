@@ -51,5 +51,9 @@ function(deltazip_test name)
   target_compile_definitions(${name} PRIVATE
                              DELTAZIP_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data")
   target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS} GTest::gtest_main)
+  if(DELTAZIP_CUDA)  # where libdeltazip_cuda.so is built; a copy beside the binary comes first
+    set_target_properties(${name} PROPERTIES BUILD_RPATH "$ORIGIN/../../..")
+    add_dependencies(${name} deltazip_cuda)
+  endif()
   add_test(NAME ${name} COMMAND ${name})
 endfunction()

@@ -44,7 +44,8 @@ TEST_P(MemoryTest, TooMuchIsAnErrorThatSaysSo) {
 }
 
 TEST_P(MemoryTest, DescribesItself) {
-  EXPECT_NE(backend().description().find("2 threads"), std::string::npos);
+  const char* detail = is_device() ? name(dtype()).data() : "2 threads";
+  EXPECT_NE(backend().description().find(detail), std::string::npos) << backend().description();
   EXPECT_EQ(backend().description().substr(0, 3), GetParam().substr(0, 3));
 }
 
@@ -74,6 +75,34 @@ TEST(RegistryTest, NamesWhatIsWrong) {
   EXPECT_NE(error_of("").find("expected cpu"), std::string::npos);
   EXPECT_NE(error_of("cpu", {.num_threads = 1, .isa = "mmx"}).find("'mmx'"), std::string::npos);
   EXPECT_NE(error_of("cpu", {.num_threads = -1, .isa = ""}).find("num_threads"), std::string::npos);
+}
+
+// Where there is no GPU this is the one test that says so.
+TEST(CudaTest, RunsWhereAGpuIs) {
+  if (!cuda_problem().empty()) GTEST_SKIP() << "no test ran on a GPU: " << cuda_problem();
+  const auto backend = make_backend("cuda");
+  EXPECT_FALSE(backend->shares_host_memory());
+  EXPECT_EQ(backend->activation_dtype(DType::kFloat32), DType::kBFloat16);
+  EXPECT_EQ(backend->description().substr(0, 7), "cuda:0:");
+  EXPECT_EQ(make_backend("cuda:0")->description(), backend->description());
+}
+
+TEST(CudaTest, SaysWhyItCannotBeOpened) {
+  const std::string error = error_of("cuda:99");
+  EXPECT_NE(error, "no error");
+  if (cuda_problem().empty()) {
+    EXPECT_NE(error.find("cuda:99"), std::string::npos) << error;
+    EXPECT_NE(error.find("GPUs"), std::string::npos) << error;
+    EXPECT_NE(error_of("cuda", {.num_threads = 0, .isa = "", .compute_dtype = DType::kFloat32})
+                  .find("float32"),
+              std::string::npos);
+    return;
+  }
+  // No library, no driver or no GPU: each message names the device, and what was looked for.
+  EXPECT_NE(error.find("device 'cuda"), std::string::npos) << error;
+  EXPECT_TRUE(error.find("libdeltazip_cuda.so") != std::string::npos ||
+              error.find("driver") != std::string::npos || error.find("GPU") != std::string::npos)
+      << error;
 }
 
 TEST(RegistryTest, DeltaTypesHaveTheFilesNames) {

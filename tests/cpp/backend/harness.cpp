@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
+#include <map>
 
 #include "backend/cpu/isa.h"
 
@@ -14,19 +14,96 @@ std::size_t to_size(std::int64_t value) { return static_cast<std::size_t>(value)
 
 std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
 
+// Opening a device takes long, so the tests of one share it; closed before the process ends.
+std::map<std::string, std::shared_ptr<Backend>>& open_devices() {
+  static std::map<std::string, std::shared_ptr<Backend>> devices;
+  return devices;
+}
+
+class CloseDevices : public ::testing::Environment {
+  void TearDown() override { open_devices().clear(); }
+};
+
+std::shared_ptr<Backend> shared_backend(const std::string& name) {
+  if (name.starts_with("cpu")) return open_backend(name);
+  if (open_devices().empty()) ::testing::AddGlobalTestEnvironment(new CloseDevices);
+  std::shared_ptr<Backend>& backend = open_devices()[name];
+  if (backend == nullptr) backend = open_backend(name);
+  return backend;
+}
+
 }  // namespace
+
+const std::string& cuda_problem() {
+  static const std::string problem = []() -> std::string {
+    try {
+      make_backend("cuda");
+      return "";
+    } catch (const Error& error) {
+      return error.what();
+    }
+  }();
+  return problem;
+}
 
 std::vector<std::string> backend_names() {
   std::vector<std::string> names;
   for (const std::string& isa : cpu::available_isas()) names.push_back("cpu/" + isa);
+  if (cuda_problem().empty()) names.insert(names.end(), {"cuda/float16", "cuda/bfloat16"});
   return names;
 }
 
 std::unique_ptr<Backend> open_backend(const std::string& name, int num_threads) {
   const std::size_t slash = name.find('/');
   BackendOptions options{.num_threads = num_threads, .isa = ""};
-  if (slash != std::string::npos) options.isa = name.substr(slash + 1);
-  return make_backend(name.substr(0, slash), options);
+  const std::string device = name.substr(0, slash);
+  if (slash != std::string::npos && device == "cpu") options.isa = name.substr(slash + 1);
+  if (slash != std::string::npos && device != "cpu") {
+    options.compute_dtype = dtype_from_name(name.substr(slash + 1)).value();
+  }
+  return make_backend(device, options);
+}
+
+BackendTest::BackendTest()
+    : backend_(shared_backend(GetParam())), stream_(backend_->create_stream()), ops_(*backend_) {}
+
+Matrix BackendTest::random(std::int64_t rows, std::int64_t columns, float scale) {
+  Matrix matrix = Matrix::random(rows, columns, rng_, scale);
+  for (std::int64_t i = 0; i < rows * columns; ++i) matrix.data()[i] = rounded(matrix.data()[i]);
+  return matrix;
+}
+
+// Four and two units in the last place of what is rounded; sums are float32 everywhere.
+double BackendTest::tolerance(double on_cpu, Out out) const {
+  if (!is_device()) return on_cpu;
+  if (out == Out::kFloat32) return std::max(on_cpu, 1e-4);
+  return std::max(on_cpu, dtype() == DType::kFloat16 ? 1e-3 : 8e-3);
+}
+
+bool BackendTest::same_row(const float* actual, const float* expected, std::int64_t count) const {
+  if (!is_device()) return same_bits(actual, expected, count);
+  double largest = 0.0, scale = 0.0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double error =
+        std::abs(static_cast<double>(actual[i]) - static_cast<double>(expected[i]));
+    if (std::isnan(error)) return false;
+    largest = std::max(largest, error);
+    scale = std::max(scale, std::abs(static_cast<double>(expected[i])));
+  }
+  return largest <= tolerance(0.0) * scale;
+}
+
+std::vector<int> BackendTest::thread_counts() const {
+  return is_device() ? std::vector{1} : std::vector{1, 2, 3};
+}
+
+std::vector<DType> BackendTest::cache_dtypes() const {
+  if (is_device()) return {dtype()};
+  return {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+}
+
+std::vector<Out> BackendTest::outs() const {
+  return is_device() ? std::vector{Out::kActivation, Out::kFloat32} : std::vector{Out::kActivation};
 }
 
 Matrix::Matrix(std::int64_t rows, std::int64_t columns, float fill)
@@ -85,31 +162,20 @@ Weight::Weight(Backend& backend, Stream& stream, std::int64_t rows, std::int64_t
     : buffer(backend.allocate(backend.packed_bytes(dtype, rows, columns))),
       packed{buffer.data(), dtype, rows, columns} {
   std::normal_distribution<float> normal(0.0F, 0.05F);
-  const std::size_t count = to_size(rows * columns);
-  std::vector<float> floats(count);
-  std::vector<std::uint16_t> words(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    floats[i] = normal(rng);
-    if (dtype == DType::kBFloat16) {
-      words[i] = to_bfloat16(floats[i]).bits;
-      floats[i] = to_float(BFloat16{words[i]});
-    } else if (dtype == DType::kFloat16) {
-      words[i] = to_half(floats[i]).bits;
-      floats[i] = to_float(Half{words[i]});
-    }
-  }
-  dense.assign(floats.begin(), floats.end());
-  std::memset(buffer.data(), 0xFF, buffer.num_bytes());
-  const void* host = dtype == DType::kFloat32 ? static_cast<const void*>(floats.data())
-                                              : static_cast<const void*>(words.data());
-  backend.pack_weight(buffer.data(), {host, dtype, {rows, columns}}, stream);
+  std::vector<float> floats(to_size(rows * columns));
+  for (float& value : floats) value = round_to(normal(rng), dtype);
+  const DType held = backend.activation_dtype(dtype);
+  for (const float value : floats) dense.push_back(static_cast<double>(round_to(value, held)));
+  const std::vector<std::byte> poison(buffer.num_bytes(), std::byte{0xFF});
+  backend.copy_to_device(buffer.data(), poison.data(), poison.size(), stream);
+  const std::vector<std::byte> host = to_bytes(floats, dtype);
+  backend.pack_weight(buffer.data(), {host.data(), dtype, {rows, columns}}, stream);
+  stream.synchronize();
 }
 
-Delta::Delta(const Backend& backend, DeltaType type, std::int64_t rows, std::int64_t columns,
+Delta::Delta(Backend& backend, DeltaType type, std::int64_t rows, std::int64_t columns,
              std::int32_t group_size, Rng& rng)
-    : dense(to_size(rows * columns)),
-      tiled(nullptr, [](std::byte* p) { std::free(p); }),
-      matrix{nullptr, type, group_size, rows, columns} {
+    : dense(to_size(rows * columns)), matrix{nullptr, type, group_size, rows, columns} {
   const std::int64_t padded = divide_up(columns, 32) * 32;
   const std::int64_t groups = divide_up(columns, group_size);
   const auto random_below = [&](unsigned bound) { return static_cast<unsigned>(rng() % bound); };
@@ -185,11 +251,14 @@ Delta::Delta(const Backend& backend, DeltaType type, std::int64_t rows, std::int
     }
   }
   const std::size_t num_bytes = backend.tiled_bytes(type, rows, columns, group_size);
-  tiled.reset(static_cast<std::byte*>(
-      std::aligned_alloc(64, divide_up(static_cast<std::int64_t>(num_bytes), 64) * 64)));
-  std::memset(tiled.get(), 0xFF, num_bytes);
-  backend.tile_delta(tiled.get(), source());
-  matrix.data = tiled.get();
+  const Buffer host = backend.allocate_host(num_bytes);
+  std::memset(host.data(), 0xFF, num_bytes);
+  backend.tile_delta(host.data(), source());
+  tiled = backend.allocate(num_bytes);
+  const auto stream = backend.create_stream();
+  backend.copy_to_device(tiled.data(), host.data(), num_bytes, *stream);
+  stream->synchronize();
+  matrix.data = tiled.data();
 }
 
 DeltaSource Delta::source() const {

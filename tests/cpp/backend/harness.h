@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "backend/device_memory.h"
+#include "backend/host_ops.h"
 #include "deltazip/backend/backend.h"
 #include "deltazip/base/error.h"
 
@@ -20,22 +22,49 @@ namespace deltazip::testing {
 
 using Rng = std::mt19937_64;
 
-// "cpu/scalar", "cpu/avx2", ...: all that this machine runs.
+class Matrix;
+
+// "cpu/scalar", "cpu/avx2", "cuda/float16", ...: all that this machine runs.
 std::vector<std::string> backend_names();
 std::unique_ptr<Backend> open_backend(const std::string& name, int num_threads = 2);
+// Why there is no "cuda/..." among them; empty where there is.
+const std::string& cuda_problem();
 
-// A test that runs once on every backend.
+// A backend beside the test's own, to compare with.
+struct OpenedBackend {
+  OpenedBackend(const std::string& name, int num_threads)
+      : backend(open_backend(name, num_threads)), stream(backend->create_stream()), ops(*backend) {}
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Stream> stream;
+  HostOps ops;
+};
+
+// A test that runs once on every backend. Operands are rounded to what the backend computes in, so
+// that nothing is lost on the way there and a double-precision reference holds for all.
 class BackendTest : public ::testing::TestWithParam<std::string> {
  protected:
-  BackendTest() : backend_(open_backend(GetParam())), stream_(backend_->create_stream()) {}
-  Ops& ops() { return backend_->ops(); }
+  BackendTest();
+  HostOps& ops() { return ops_; }
   Stream& stream() { return *stream_; }
   Backend& backend() { return *backend_; }
+  bool is_device() const { return !backend_->shares_host_memory(); }
+  DType dtype() const { return backend_->activation_dtype(DType::kFloat32); }
+  float rounded(float value) const { return round_to(value, dtype()); }
+  Matrix random(std::int64_t rows, std::int64_t columns, float scale = 1.0F);
+
+  // The error that rounding to the backend's dtype may add; `on_cpu` where it computes in float32.
+  double tolerance(double on_cpu, Out out = Out::kActivation) const;
+  // The CPU promises that a row's bits depend on nothing but the row; devices that its value does.
+  bool same_row(const float* actual, const float* expected, std::int64_t count) const;
+  std::vector<int> thread_counts() const;
+  std::vector<DType> cache_dtypes() const;
+  std::vector<Out> outs() const;
   Rng rng_{20250123};
 
  private:
-  std::unique_ptr<Backend> backend_;
+  std::shared_ptr<Backend> backend_;
   std::unique_ptr<Stream> stream_;
+  HostOps ops_;
 };
 
 #define DZ_ON_EVERY_BACKEND(suite)                                                     \
@@ -87,7 +116,7 @@ struct Weight {
   double at(std::int64_t row, std::int64_t column) const {
     return dense[static_cast<std::size_t>(row * packed.columns + column)];
   }
-  std::vector<double> dense;  // [rows, columns], after rounding to dtype
+  std::vector<double> dense;  // [rows, columns], as the backend holds them
   Buffer buffer;
   PackedMatrix packed;
 };
@@ -98,7 +127,7 @@ inline constexpr DeltaType kDeltaTypes[] = {DeltaType::kSparse24Int4, DeltaType:
 
 // A random delta in the file's layout, its dense value, and tiled.
 struct Delta {
-  Delta(const Backend& backend, DeltaType type, std::int64_t rows, std::int64_t columns,
+  Delta(Backend& backend, DeltaType type, std::int64_t rows, std::int64_t columns,
         std::int32_t group_size, Rng& rng);
   double at(std::int64_t row, std::int64_t column) const {
     return dense[static_cast<std::size_t>(row * matrix.columns + column)];
@@ -106,7 +135,7 @@ struct Delta {
   DeltaSource source() const;
   std::vector<std::byte> values, indices, scales;
   std::vector<double> dense;  // [rows, columns]
-  std::unique_ptr<std::byte[], void (*)(std::byte*)> tiled;
+  Buffer tiled;
   DeltaMatrix matrix;
 };
 

@@ -35,14 +35,16 @@ TEST_P(LinearTest, MatchesTheReference) {
     for (const LinearShape& shape : kShapes) {
       const Weight weight(backend(), stream(), shape.rows, shape.columns, dtype, rng_);
       for (const std::int64_t num_rows : {1, 2, 3, 5, 8, 13, 29}) {
-        const Matrix x = Matrix::random(num_rows, shape.columns, rng_);
-        Matrix y(num_rows, shape.rows);
-        ops().linear(y.view(), x.view(), weight.packed, stream());
+        const Matrix x = random(num_rows, shape.columns);
         const Reference expected = product(x, weight);
-        EXPECT_LT(relative_error(y, expected), 2e-6)
-            << name(dtype) << " " << shape.rows << "x" << shape.columns << " rows " << num_rows;
-        EXPECT_LT(max_error(y, expected), 1e-5);
-        EXPECT_TRUE(y.guards_intact());
+        for (const Out out : outs()) {
+          Matrix y(num_rows, shape.rows);
+          ops().linear(y.view(), x.view(), weight.packed, stream(), out);
+          EXPECT_LT(relative_error(y, expected), tolerance(2e-6, out))
+              << name(dtype) << " " << shape.rows << "x" << shape.columns << " rows " << num_rows;
+          EXPECT_LT(max_error(y, expected), tolerance(1e-5, out));
+          EXPECT_TRUE(y.guards_intact());
+        }
       }
     }
   }
@@ -50,17 +52,17 @@ TEST_P(LinearTest, MatchesTheReference) {
 
 TEST_P(LinearTest, LongRowsStayAccurate) {
   const Weight weight(backend(), stream(), 416, 11008, DType::kBFloat16, rng_);
-  const Matrix x = Matrix::random(3, 11008, rng_);
+  const Matrix x = random(3, 11008);
   Matrix y(3, 416);
   ops().linear(y.view(), x.view(), weight.packed, stream());
-  EXPECT_LT(relative_error(y, product(x, weight)), 5e-6);
+  EXPECT_LT(relative_error(y, product(x, weight)), tolerance(5e-6));
 }
 
 // Same seed, same output, whatever else runs: a row's bits depend on nothing but the row.
 TEST_P(LinearTest, ARowDoesNotDependOnItsBatch) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
     const Weight weight(backend(), stream(), 211, 1024, dtype, rng_);
-    const Matrix x = Matrix::random(67, 1024, rng_);
+    const Matrix x = random(67, 1024);
     Matrix alone(67, 211);
     for (std::int64_t row = 0; row < 67; ++row) {
       const Matrix one = x.slice(row, 1);
@@ -68,15 +70,15 @@ TEST_P(LinearTest, ARowDoesNotDependOnItsBatch) {
       ops().linear(y.view(), one.view(), weight.packed, stream());
       std::copy_n(y.data(), 211, alone.row(row));
     }
-    for (const int num_threads : {1, 2, 3}) {
-      const auto other = open_backend(GetParam(), num_threads);
+    for (const int num_threads : thread_counts()) {
+      OpenedBackend other(GetParam(), num_threads);
       for (const std::int64_t num_rows : {2, 3, 4, 5, 7, 12, 13, 24, 31, 67}) {
         const std::int64_t first =
             static_cast<std::int64_t>(rng_() % static_cast<std::uint64_t>(68 - num_rows));
         const Matrix part = x.slice(first, num_rows);
         Matrix y(num_rows, 211);
-        other->ops().linear(y.view(), part.view(), weight.packed, stream());
-        EXPECT_TRUE(same_bits(y.data(), alone.row(first), num_rows * 211))
+        other.ops.linear(y.view(), part.view(), weight.packed, *other.stream);
+        EXPECT_TRUE(same_row(y.data(), alone.row(first), num_rows * 211))
             << name(dtype) << " rows " << num_rows << " threads " << num_threads;
       }
     }
@@ -85,7 +87,7 @@ TEST_P(LinearTest, ARowDoesNotDependOnItsBatch) {
 
 TEST_P(LinearTest, RefusesWhatDoesNotFit) {
   const Weight weight(backend(), stream(), 16, 32, DType::kFloat32, rng_);
-  const Matrix x = Matrix::random(2, 32, rng_), narrow = Matrix::random(2, 31, rng_);
+  const Matrix x = random(2, 32), narrow = random(2, 31);
   Matrix y(2, 16), short_y(1, 16), wide_y(2, 17);
   EXPECT_THROW(ops().linear(y.view(), narrow.view(), weight.packed, stream()), InvalidArgument);
   EXPECT_THROW(ops().linear(short_y.view(), x.view(), weight.packed, stream()), InvalidArgument);
@@ -108,7 +110,7 @@ TEST_P(LinearTest, NoRowsIsNoWork) {
 
 TEST_P(LinearTest, NonFiniteWeightsAndInputsShow) {
   const Weight weight(backend(), stream(), 40, 64, DType::kFloat32, rng_);
-  Matrix x = Matrix::random(3, 64, rng_);
+  Matrix x = random(3, 64);
   x.row(1)[17] = std::numeric_limits<float>::quiet_NaN();
   Matrix y(3, 40, 0.0F);
   ops().linear(y.view(), x.view(), weight.packed, stream());

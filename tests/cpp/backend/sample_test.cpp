@@ -15,15 +15,26 @@ class SampleTest : public BackendTest {
     ops().sample(std::span(&out, 1), logits.view(), std::span(&row, 1), stream());
     return out;
   }
-  // How often each token is drawn over `count` positions.
+  // How often each token of one row of logits is drawn over `count` positions.
   std::map<std::int32_t, int> histogram(const Matrix& logits, SamplingRow row, int count) {
+    constexpr int kAtOnce = 500;
     std::map<std::int32_t, int> seen;
-    for (int i = 0; i < count; ++i) {
-      row.position = static_cast<std::uint64_t>(i);
-      ++seen[sample_one(logits, row).token];
+    for (int start = 0; start < count; start += kAtOnce) {
+      const int num_rows = std::min(kAtOnce, count - start);
+      Matrix repeated(num_rows, logits.columns());
+      std::vector<SamplingRow> rows;
+      for (int i = 0; i < num_rows; ++i) {
+        std::copy_n(logits.data(), logits.columns(), repeated.row(i));
+        row.position = static_cast<std::uint64_t>(start + i);
+        rows.push_back(row);
+      }
+      std::vector<SampledToken> out(rows.size());
+      ops().sample(out, repeated.view(), rows, stream());
+      for (const SampledToken& each : out) ++seen[each.token];
     }
     return seen;
   }
+  void expect_raw_logprobs(std::int32_t size);
 };
 DZ_ON_EVERY_BACKEND(SampleTest);
 
@@ -36,7 +47,7 @@ Matrix row_of(std::initializer_list<float> values) {
 constexpr SamplingRow kGreedy{.temperature = 0.0F};
 
 TEST_P(SampleTest, GreedyTakesTheLargestAndTheLowestOfEquals) {
-  for (const std::int64_t size : {1, 15, 16, 17, 1000, 49152}) {
+  for (const std::int64_t size : {1, 15, 16, 17, 1000, 32000, 49152, 128256}) {
     Matrix logits = Matrix::random(1, size, rng_);
     const auto best = static_cast<std::int32_t>(
         std::max_element(logits.data(), logits.data() + size) - logits.data());
@@ -47,14 +58,14 @@ TEST_P(SampleTest, GreedyTakesTheLargestAndTheLowestOfEquals) {
   }
 }
 
-TEST_P(SampleTest, LogprobsAreOfTheRawLogits) {
-  const Matrix logits = Matrix::random(1, 5000, rng_, 3.0F);
+void SampleTest::expect_raw_logprobs(std::int32_t size) {
+  const Matrix logits = Matrix::random(1, size, rng_, 3.0F);
   double top = -1e30, total = 0.0;
-  for (int i = 0; i < 5000; ++i) top = std::max(top, static_cast<double>(logits.data()[i]));
-  for (int i = 0; i < 5000; ++i) total += std::exp(static_cast<double>(logits.data()[i]) - top);
+  for (int i = 0; i < size; ++i) top = std::max(top, static_cast<double>(logits.data()[i]));
+  for (int i = 0; i < size; ++i) total += std::exp(static_cast<double>(logits.data()[i]) - top);
   const double log_total = top + std::log(total);
-  std::vector<std::int32_t> order(5000);
-  for (int i = 0; i < 5000; ++i) order[static_cast<std::size_t>(i)] = i;
+  std::vector<std::int32_t> order(static_cast<std::size_t>(size));
+  for (int i = 0; i < size; ++i) order[static_cast<std::size_t>(i)] = i;
   std::sort(order.begin(), order.end(),
             [&](int a, int b) { return logits.data()[a] > logits.data()[b]; });
 
@@ -76,6 +87,10 @@ TEST_P(SampleTest, LogprobsAreOfTheRawLogits) {
   }
   row.num_logprobs = 0;
   EXPECT_EQ(sample_one(logits, row).num_top, 0);
+}
+
+TEST_P(SampleTest, LogprobsAreOfTheRawLogits) {
+  for (const std::int32_t size : {5000, 32000, 49152, 128256}) expect_raw_logprobs(size);
 }
 
 TEST_P(SampleTest, TopAlternativesReachTheWholeVocabulary) {
@@ -130,12 +145,14 @@ TEST_P(SampleTest, FiltersKeepExactlyTheirTokens) {
 }
 
 TEST_P(SampleTest, FiltersAgreeWithASortOnRandomRows) {
-  for (int round = 0; round < 40; ++round) {
-    const std::int64_t size = 50 + static_cast<std::int64_t>(rng_() % 3000);
+  for (int round = 0; round < 42; ++round) {
+    constexpr std::int64_t kRealSizes[] = {32000, 128256};
+    const std::int64_t size =
+        round < 40 ? 50 + static_cast<std::int64_t>(rng_() % 3000) : kRealSizes[round - 40];
     const Matrix logits = Matrix::random(1, size, rng_, round % 2 == 0 ? 6.0F : 0.5F);
     SamplingRow row{.seed = rng_()};
     if (round % 3 != 0) row.top_k = 1 + static_cast<std::int32_t>(rng_() % 80);
-    if (round % 3 != 1) row.top_p = 0.3F + 0.69F * static_cast<float>(round) / 40.0F;
+    if (round % 3 != 1) row.top_p = 0.3F + 0.69F * static_cast<float>(round) / 42.0F;
     std::vector<std::pair<double, std::int32_t>> order;
     const double top = *std::max_element(logits.data(), logits.data() + size);
     for (std::int32_t i = 0; i < size; ++i) {
@@ -204,12 +221,12 @@ TEST_P(SampleTest, ADrawIsAFunctionOfSeedAndPosition) {
   }
   std::vector<SampledToken> together(6);
   ops().sample(together, logits.view(), rows, stream());
-  for (const int num_threads : {1, 2, 3}) {
-    const auto other = open_backend(GetParam(), num_threads);
+  for (const int num_threads : thread_counts()) {
+    OpenedBackend other(GetParam(), num_threads);
     for (std::size_t i = 0; i < rows.size(); ++i) {
       SampledToken alone;
       const Matrix one = logits.slice(static_cast<std::int64_t>(i), 1);
-      other->ops().sample(std::span(&alone, 1), one.view(), std::span(&rows[i], 1), stream());
+      other.ops.sample(std::span(&alone, 1), one.view(), std::span(&rows[i], 1), *other.stream);
       EXPECT_EQ(alone.token, together[i].token);
     }
   }
