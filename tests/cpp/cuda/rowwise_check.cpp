@@ -17,7 +17,7 @@ bool agree(DType dtype, const Words& words, const std::vector<double>& expected)
   const double step = dtype == DType::kFloat16 ? 0x1p-10 : 0x1p-7;
   for (std::size_t i = 0; i < words.size(); ++i) {
     const double error = std::abs(static_cast<double>(widen(dtype, words[i])) - expected[i]);
-    if (!(error <= 0.501 * step * std::abs(expected[i]) + 1e-7)) return false;
+    if (!(error <= 0.51 * step * std::abs(expected[i]) + 1e-7)) return false;
   }
   return words.size() == expected.size();
 }
@@ -186,14 +186,18 @@ void check_rope_append(Report& report, DType dtype, std::int32_t dim, Rng& rng,
       }
     }
   }
-  // A float rounding before the last may move a result by one unit.
+  // Untouched words are NaN to the bit; a float rounding before the last may move the others.
   const auto close = [&](const Words& a, const Words& b) {
+    const float step = dtype == DType::kFloat16 ? 0x1p-10F : 0x1p-7F;
     std::size_t num_off = 0;
     for (std::size_t i = 0; i < a.size(); ++i) {
-      num_off += a[i] != b[i];
-      if (std::abs(static_cast<int>(a[i]) - static_cast<int>(b[i])) > 1) return false;
+      if (a[i] == b[i]) continue;
+      ++num_off;
+      const float expected = widen(dtype, b[i]);
+      const float error = std::abs(widen(dtype, a[i]) - expected);
+      if (!(error <= 1.01F * step * std::abs(expected) + 3e-7F)) return false;
     }
-    return num_off * 100 <= a.size();
+    return num_off <= 1 + a.size() / 100;
   };
   const std::string what = label("rope_append", dtype, dim);
   report.expect(close(qkv.read<std::uint16_t>(), expected), what + ": q");
