@@ -40,7 +40,8 @@ CONFINED_LIBRARIES = {
 NEVER_IN_PUBLIC_HEADERS = re.compile(
     r"^(nlohmann/|spdlog/|fmt/|glog/|openssl/|pybind11/|Python\.h|cuda|cublas)"
 )
-DEVICE_CODE = re.compile(r"__global__|__device__|<<<")
+# A .cu may hold only an instantiation of what the .cuh files that it includes define.
+DEVICE_CODE = re.compile(r"__global__|__device__|<<<|#include \"[^\"]+\.cuh\"")
 
 # Python, lowest first: a module may import those of lower ranks and of its own package.
 PYTHON_RANKS = {"_C": 0, "compress": 2, "server": 2, "bench": 2, "cli": 3, "__main__": 4}
