@@ -1,5 +1,6 @@
 # The everyday commands. Everything happens in .venv, build/ and .demo/; nothing else is touched.
 #   make demo [KEEP=1]   make test [ARGS=...]   make lint   make format   make build   make clean
+#   make gpu-test   make gpu-sanitize   make gpu-bench [SUITE=...]   make gpu-kit
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +21,8 @@ BUILD_FILES := CMakeLists.txt setup.py pyproject.toml $(wildcard cmake/* third_p
 SOURCES := $(shell find csrc include python/deltazip -name '*.so' -prune -o -name __pycache__ -prune \
              -o -type f -print)
 
-.PHONY: help demo test test-cpp test-python build lint lint-cpp lint-python format sanitize fuzz clean
+.PHONY: help demo test test-cpp test-python build lint lint-cpp lint-python format sanitize fuzz \
+  gpu-test gpu-sanitize gpu-bench gpu-kit clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -74,6 +76,20 @@ sanitize: $(VENV)/.build-tools $(VENV)/.system-test-packages
 fuzz: $(VENV)/.build-tools
 	.ci/fuzz $(SECONDS_EACH)
 
+# ---- On a machine with a GPU. Without package registries: first `make gpu-kit` on another one
+
+gpu-test:
+	benchmarks/gpu/host.sh test
+
+gpu-sanitize:
+	benchmarks/gpu/host.sh sanitize
+
+gpu-bench:
+	benchmarks/gpu/host.sh bench $(SUITE)
+
+gpu-kit: $(VENV)/.build-tools $(VENV)/.system-test-packages
+	benchmarks/gpu/pack.sh $(ARGS)
+
 # ---- Lint
 
 lint: lint-cpp lint-python
@@ -96,7 +112,7 @@ format: $(VENV)/.dev
 
 $(VENV)/.demo: $(SOURCES) $(BUILD_FILES) | $(VENV)/.created
 	@echo "building and installing DeltaZip"
-	$(PIP) install $(CONSTRAINTS) '.[demo]'
+	DELTAZIP_CUDA=0 $(PIP) install $(CONSTRAINTS) '.[demo]'
 	rm -f $(VENV)/.dev
 	touch $@
 

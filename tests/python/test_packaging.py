@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -26,12 +27,32 @@ assert deltazip.LLM is deltazip.llm.LLM
 """
 
 
-def readelf(*arguments: str) -> str:
-    """The output of readelf on the module."""
+CUDA_LIBRARY = "libdeltazip_cuda.so"
+ALLOWED = re.compile(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux.*)\.so")
+
+
+def readelf(*arguments: str, path: str | Path = _C.__file__) -> str:
+    """The output of readelf, on the module if nothing else is named."""
     if not shutil.which("readelf"):
         pytest.skip("readelf (binutils) is not installed")
-    command = ["readelf", "--wide", *arguments, _C.__file__]
+    command = ["readelf", "--wide", *arguments, str(path)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def exported(path: str | Path) -> list[str]:
+    """The names that a library defines for others."""
+    symbols = readelf("--dyn-syms", path=path)
+    return re.findall(r"(?:GLOBAL|WEAK)\s+DEFAULT\s+\d+\s+(\S+)$", symbols, re.MULTILINE)
+
+
+@pytest.fixture
+def cuda_library(repository: Path) -> Path:
+    """The CUDA library: beside the module, or of the wheel that CI built."""
+    folders = (Path(_C.__file__).parent, repository / "build" / "wheel" / "deltazip")
+    found = [folder / CUDA_LIBRARY for folder in folders if (folder / CUDA_LIBRARY).exists()]
+    if not found:
+        pytest.skip("this build has no CUDA library (DELTAZIP_CUDA=1 makes one)")
+    return found[0]
 
 
 def test_one_version(repository: Path) -> None:
@@ -65,8 +86,7 @@ def test_torch_is_an_extra() -> None:
 def test_the_module_needs_no_library_that_a_wheel_must_not_expect() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", readelf("--dynamic"))
     assert needed
-    allowed = re.compile(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux.*)\.so")
-    assert [name for name in needed if not allowed.match(name)] == []
+    assert [name for name in needed if not ALLOWED.match(name)] == []
 
 
 def test_the_module_has_no_search_path_of_the_build_machine() -> None:
@@ -74,12 +94,59 @@ def test_the_module_has_no_search_path_of_the_build_machine() -> None:
 
 
 def test_the_module_exports_no_name_of_ours_or_of_libcrypto() -> None:
-    defined = re.findall(
-        r"(?:GLOBAL|WEAK)\s+DEFAULT\s+\d+\s+(\S+)$", readelf("--dyn-syms"), re.MULTILINE
-    )
+    defined = exported(_C.__file__)
     assert "PyInit__C" in defined
     foreign = re.compile(r"^(EVP_|SHA256|OPENSSL_|CRYPTO_|_ZNK?8deltazip|_ZNK?8nlohmann)")
     assert [name for name in defined if foreign.search(name)] == []
+
+
+def test_the_cuda_library_needs_neither_driver_nor_toolkit_to_be_there(cuda_library: Path) -> None:
+    """The driver's library and cuBLASLt are opened when a GPU is asked for."""
+    dynamic = readelf("--dynamic", path=cuda_library)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    assert needed
+    assert [name for name in needed if not ALLOWED.match(name)] == []
+    assert re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic) == []
+
+
+def test_the_cuda_library_exports_its_factory_alone(cuda_library: Path) -> None:
+    ours = [name for name in exported(cuda_library) if "deltazip" in name or "cublas" in name]
+    assert ours == ["deltazip_make_cuda_backend"]
+
+
+ASK_FOR_A_GPU = """
+import sys
+from pathlib import Path
+from deltazip import _C
+from deltazip.bench.shapes import SHAPES
+from deltazip.bench.synthetic import make_base
+make_base(Path(sys.argv[1]), SHAPES["tiny"], 1)
+engine = _C.Engine(_C.EngineConfig(base=sys.argv[1]))
+assert engine.device_description().startswith("cpu")
+engine.shutdown()
+try:
+    _C.Engine(_C.EngineConfig(base=sys.argv[1], device="cuda"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_a_gpu_the_cpu_serves_and_the_gpu_is_missed_by_name(
+    tmp_path: Path, cuda_library: Path
+) -> None:
+    """In a copy of the package that holds the CUDA library, as a wheel built with nvcc does."""
+    package = tmp_path / "site" / "deltazip"
+    shutil.copytree(Path(_C.__file__).parent, package)
+    if not (package / CUDA_LIBRARY).exists():
+        shutil.copy(cuda_library, package)
+    # No device is visible to the driver, if there is one at all.
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", ASK_FOR_A_GPU, str(tmp_path / "base")],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("device 'cuda': "), result.stdout
 
 
 def test_the_package_is_typed(repository: Path) -> None:
