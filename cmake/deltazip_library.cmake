@@ -1,6 +1,8 @@
 # deltazip_library(NAME SOURCES ... DEPENDS ... PRIVATE_DEPENDS ...): a folder of csrc/, static.
 # deltazip_test(NAME SOURCES ... DEPENDS ...): one GoogleTest binary, found by ctest.
 
+set(DELTAZIP_TEST_DATA ${PROJECT_SOURCE_DIR}/tests/data CACHE STRING "Where tests find tests/data")
+
 add_library(deltazip_options INTERFACE)
 target_compile_options(deltazip_options INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Wshadow;-Wconversion;-Wnon-virtual-dtor>
@@ -49,7 +51,7 @@ function(deltazip_test name)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/csrc
                                              ${PROJECT_SOURCE_DIR}/tests/cpp)
   target_compile_definitions(${name} PRIVATE
-                             DELTAZIP_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data")
+                             DELTAZIP_TEST_DATA="${DELTAZIP_TEST_DATA}")
   target_link_libraries(${name} PRIVATE deltazip_options ${ARG_DEPENDS} GTest::gtest_main)
   if(DELTAZIP_CUDA)  # where libdeltazip_cuda.so is built; a copy beside the binary comes first
     set_target_properties(${name} PROPERTIES BUILD_RPATH "$ORIGIN/../../..")

@@ -2,10 +2,9 @@
 
 namespace deltazip::engine {
 
-void BatchBuilder::build(const Plan& plan, const RequestTable& requests, StepInput& input) const {
+StepInput BatchBuilder::build(const Plan& plan, const RequestTable& requests) const {
+  StepInput input;
   Batch& batch = input.batch;
-  batch.clear();
-  input.uses.clear();
   for (std::size_t index = 0; index < plan.chunks.size(); ++index) {
     const ScheduledChunk& chunk = plan.chunks[index];
     const ChoiceRef choice = requests.at(chunk.id);
@@ -35,6 +34,7 @@ void BatchBuilder::build(const Plan& plan, const RequestTable& requests, StepInp
       input.uses.push_back({choice, index, -1});
     }
   }
+  return input;
 }
 
 void BatchBuilder::add_rows(const ScheduledChunk& chunk, std::int32_t prompt_length,

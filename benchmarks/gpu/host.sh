@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: builds or takes what build/gpu-kit holds prebuilt, then
+#   host.sh test [GTEST_FILTER]   every C++ and Python test of the GPU
+#   host.sh sanitize [FILTER]     the C++ ones under compute-sanitizer: memcheck, then racecheck
+#   host.sh bench [SUITE...]      the measurements of suite.sh; results in build/gpu-results
+#   host.sh exec COMMAND...       a command in the environment that the others have
+#   host.sh build                 only the build, in build/gpu
+# Needs no network: what the machine lacks comes from build/gpu-kit (pack.sh), what it has is used.
+#   PYTHON (python3), GPU_ARCHITECTURES (90a-real), JOBS (all cores), GPU_RESULTS
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+if [[ -x .venv/bin/python ]]; then PATH=$PWD/.venv/bin:$PATH; fi
+python=${PYTHON:-python3}
+kit=$PWD/build/gpu-kit
+host=$PWD/build/gpu-host
+tree=$PWD/build/gpu
+jobs=${JOBS:-$(nproc)}
+: "${GPU_FILTER:=*cuda*:*Cuda*:*CUDA*}"
+
+say() { echo "gpu: $*" >&2; }
+has_header() { printf '#include <%s>\n' "$1" | c++ -E -x c++ - >/dev/null 2>&1; }
+
+# Wheels of the kit, for this interpreter only; the machine's own packages stay as they are.
+install_wheels() {
+  compgen -G "$kit/wheels/*.whl" >/dev/null || return 0
+  if [[ ! -f $host/site/.done || $kit/wheels -nt $host/site/.done ]]; then
+    rm -rf "$host/site"
+    "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-cache-dir \
+      --target "$host/site" "$kit"/wheels/*.whl
+    touch "$host/site/.done"
+  fi
+  export PYTHONPATH=$host/site${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# Programs of the kernels' authors that compare with sums on the host; built on demand only.
+checks() { sed -n 's/^add_executable(\([a-z0-9_]*_check\)\b.*/\1/p' tests/cpp/cuda/CMakeLists.txt; }
+
+build() {
+  local options=(
+    -DCMAKE_BUILD_TYPE=Release -DDELTAZIP_CUDA=ON -DDELTAZIP_PYTHON=ON -DDELTAZIP_TESTS=ON
+    -DDELTAZIP_BENCHMARKS=ON -DDELTAZIP_PYTHON_OUTPUT=build/gpu/package
+    "-DDELTAZIP_CUDA_ARCHITECTURES=${GPU_ARCHITECTURES:-90a-real}"
+    -DDELTAZIP_TEST_DATA=tests/data  # from the root: tests may run on another machine
+    "-DPython_EXECUTABLE=$("$python" -c 'import sys; print(sys.executable)')"
+  )
+  if ! has_header openssl/evp.h; then options+=("-DOPENSSL_ROOT_DIR=$kit/openssl"); fi
+  if ! has_header gtest/gtest.h; then
+    cmake -S "$kit/googletest" -B "$host/gtest-build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+      -DCMAKE_INSTALL_PREFIX="$host/gtest" -DBUILD_GMOCK=OFF >/dev/null
+    cmake --build "$host/gtest-build" --target install >/dev/null
+    options+=("-DCMAKE_PREFIX_PATH=$host/gtest")
+  fi
+  local include
+  include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  if [[ ! -f $include/Python.h ]]; then options+=("-DPython_INCLUDE_DIR=$kit/python-include"); fi
+  mkdir -p "$tree"
+  cmake -S . -B "$tree" -G Ninja "${options[@]}" >"$tree/configure.log" 2>&1 ||
+    { cat "$tree/configure.log" >&2; exit 1; }
+  cmake --build "$tree" -j "$jobs" --target all $(checks)
+  cp "$tree/libdeltazip_cuda.so" "$tree/package/"
+}
+
+programs() { # TREE: paths of tests, checks and the microbenchmarks
+  find "$1/tests" "$1/benchmarks" -type f -executable \
+    \( -name '*_test' -o -name '*_check' -o -name 'deltazip-bench-ops' \)
+}
+
+# Sets $bin and puts the package with its libraries into PYTHONPATH.
+prepare() {
+  install_wheels
+  local suffix package
+  suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+  bin=$host/bin
+  package=$host/package/deltazip
+  rm -rf "$host/package" "$bin"
+  mkdir -p "$package" "$bin"
+  if [[ -f $kit/prebuilt/package/_C$suffix ]]; then
+    say "using what $kit holds prebuilt"
+    cp "$kit"/prebuilt/bin/* "$bin/"
+    cp "$kit"/prebuilt/package/*.so "$package/"
+  else
+    say "building in $tree"
+    build
+    programs "$tree" | xargs cp -t "$bin"
+    cp "$tree"/package/*.so "$package/"
+  fi
+  # A package of links: sources are read in place, the libraries lie beside them.
+  local entry
+  for entry in python/deltazip/*; do
+    [[ $entry == *.so ]] || ln -sfn "$PWD/$entry" "$package/"
+  done
+  cp "$package"/libdeltazip_cuda.so "$bin/" # where the tests look: next to themselves
+  # cuBLASLt of pip's wheels, which lie elsewhere than this package, for where there is no toolkit.
+  local cublas
+  cublas=$("$python" -c 'import nvidia, pathlib
+print(*[str(f.parent) for p in nvidia.__path__ for f in pathlib.Path(p).glob("*/lib/libcublasLt.so.*")][:1])' \
+    2>/dev/null || true)
+  [[ $cublas ]] && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$cublas
+  export PYTHONPATH=$host/package${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+}
+
+# Runs what of each test binary the filter selects; $@ is put before each.
+run_tests() {
+  local filter=$1 test failed=()
+  shift
+  for test in "$bin"/*_test; do
+    "$test" --gtest_filter="$filter" --gtest_list_tests | grep -q '^  ' || continue
+    echo "== ${test##*/}"
+    "$@" "$test" --gtest_filter="$filter" --gtest_brief=1 || failed+=("${test##*/}")
+  done
+  for test in "$bin"/*_check; do
+    [[ -x $test ]] || continue
+    echo "== ${test##*/}"
+    "$@" "$test" || failed+=("${test##*/}")
+  done
+  ((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; return 1; }
+}
+
+command=${1:-}
+[[ $command ]] && shift
+case $command in
+  build)
+    install_wheels
+    build
+    ;;
+  programs) programs "$tree" ;;
+  test)
+    prepare
+    export DELTAZIP_REQUIRE_GPU=1 # a test that finds no GPU fails instead of being skipped
+    status=0
+    run_tests "${1:-$GPU_FILTER}" || status=1
+    "$python" -m pytest -q -p no:cacheprovider tests/python/gpu || status=1
+    exit $status
+    ;;
+  sanitize)
+    prepare
+    for tool in memcheck racecheck; do
+      run_tests "${1:-$GPU_FILTER}" compute-sanitizer --tool "$tool" --error-exitcode 1
+    done
+    ;;
+  bench)
+    prepare
+    export PATH=$bin:$PATH
+    source benchmarks/gpu/suite.sh
+    run_suite "$@"
+    ;;
+  exec)
+    prepare
+    export PATH=$bin:$PATH
+    exec "$@"
+    ;;
+  *)
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 2
+    ;;
+esac
