@@ -326,11 +326,14 @@ void Ops::paged_attention(TensorView out, ConstTensorView qkv, const KvLayer& ca
     DZ_CHECK(sequence.blocks != nullptr, "paged_attention: sequence ", s, " has no blocks");
     const std::int32_t num_blocks =
         (sequence.context_length + cache.block_size - 1) / cache.block_size;
+    // As unsigned, so that one comparison sees both ends.
+    std::uint32_t largest = 0;
     for (std::int32_t b = 0; b < num_blocks; ++b) {
-      DZ_CHECK(sequence.blocks[b] >= 0 && sequence.blocks[b] < cache.num_blocks,
-               "paged_attention: block ", sequence.blocks[b], " of sequence ", s, " is not in [0, ",
-               cache.num_blocks, ")");
+      largest = std::max(largest, static_cast<std::uint32_t>(sequence.blocks[b]));
     }
+    DZ_CHECK(largest < static_cast<std::uint32_t>(cache.num_blocks), "paged_attention: block ",
+             static_cast<std::int32_t>(largest), " of sequence ", s, " is not in [0, ",
+             cache.num_blocks, ")");
   }
   if (sequences.empty() || qkv.size(0) == 0) return;
   run(PagedAttentionParams{qkv.data, out.data, cache, sequences.data(),

@@ -30,7 +30,7 @@ void Loop::accept() {
   }
   finish_loads();
   forget_drained();
-  publish();
+  bury();
 }
 
 void Loop::handle(Submit& command) {
@@ -81,6 +81,7 @@ void Loop::handle(AddVariant& command) {
 void Loop::handle(RemoveVariant& command) { draining_.push_back(std::move(command.variant)); }
 
 void Loop::handle(Call& command) {
+  bury();
   try {
     command.function();
     command.done->set_value();

@@ -2,9 +2,10 @@
 
 namespace deltazip::engine {
 
-StepInput BatchBuilder::build(const Plan& plan, const RequestTable& requests) const {
-  StepInput input;
+void BatchBuilder::build(const Plan& plan, const RequestTable& requests, StepInput& input) const {
   Batch& batch = input.batch;
+  batch.clear();
+  input.uses.clear();
   for (std::size_t index = 0; index < plan.chunks.size(); ++index) {
     const ScheduledChunk& chunk = plan.chunks[index];
     const ChoiceRef choice = requests.at(chunk.id);
@@ -34,7 +35,6 @@ StepInput BatchBuilder::build(const Plan& plan, const RequestTable& requests) co
       input.uses.push_back({choice, index, -1});
     }
   }
-  return input;
 }
 
 void BatchBuilder::add_rows(const ScheduledChunk& chunk, std::int32_t prompt_length,

@@ -29,7 +29,8 @@ class BatchBuilder {
   BatchBuilder(std::int32_t block_size, WeightsOfSlot weights_of_slot)
       : block_size_(block_size), weights_of_slot_(std::move(weights_of_slot)) {}
 
-  StepInput build(const Plan& plan, const RequestTable& requests) const;
+  // Into `input`, whose memory is kept from step to step.
+  void build(const Plan& plan, const RequestTable& requests, StepInput& input) const;
 
  private:
   void add_rows(const ScheduledChunk& chunk, std::int32_t prompt_length, Batch& batch) const;

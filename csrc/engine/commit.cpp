@@ -39,11 +39,12 @@ void Loop::note(const Plan& plan) {
   }
 }
 
-void Loop::commit(const Plan& plan, const StepInput& input, const Samples& samples) {
+void Loop::commit(const Plan& plan) {
+  const StepInput& input = step_.input;
   std::map<ActiveRequest*, std::string> broken;
   for (std::size_t i = 0; i < input.uses.size(); ++i) {
-    bool is_finite = samples.main[i].is_finite;
-    for (const SampledToken& fork : samples.forks[i]) is_finite = is_finite && fork.is_finite;
+    bool is_finite = step_.samples[i].is_finite;
+    for (const SampledToken& fork : step_.forks_of(i)) is_finite = is_finite && fork.is_finite;
     ActiveRequest* request = input.uses[i].choice.request;
     const auto row = static_cast<std::size_t>(input.batch.logit_rows[i]);
     if (!is_finite) broken.emplace(request, not_finite(*request, input.batch.positions[row]));
@@ -52,7 +53,7 @@ void Loop::commit(const Plan& plan, const StepInput& input, const Samples& sampl
   std::vector<Scheduler::Outcome> outcomes;
   for (std::size_t i = 0; i < input.uses.size(); ++i) {
     const LogitUse& use = input.uses[i];
-    const SampledToken& sampled = samples.main[i];
+    const SampledToken& sampled = step_.samples[i];
     const SequenceId sequence = plan.chunks[use.chunk].id;
     ActiveRequest& request = *use.choice.request;
     if (broken.contains(&request)) {
@@ -63,9 +64,9 @@ void Loop::commit(const Plan& plan, const StepInput& input, const Samples& sampl
       request.prompt_logprobs[static_cast<std::size_t>(use.scored_prompt)] = to_logprobs(sampled);
       continue;
     }
-    for (std::size_t other = 0; other < samples.forks[i].size(); ++other) {
-      const SampledToken& first = samples.forks[i][other];
-      const ChoiceRef choice{&request, static_cast<std::int32_t>(other + 1)};
+    std::int32_t other = 0;
+    for (const SampledToken& first : step_.forks_of(i)) {
+      const ChoiceRef choice{&request, ++other};
       const SequenceId child = requests_.open_sequence(choice);
       ++request.variant->num_waiting;
       set_running(choice, true);
@@ -76,6 +77,7 @@ void Loop::commit(const Plan& plan, const StepInput& input, const Samples& sampl
   }
   scheduler_.commit(plan, outcomes);
   for (const auto& [request, error] : broken) end_request(*request, Finish::kError, error);
+  bury();
 }
 
 bool Loop::take_token(ChoiceRef choice, const SampledToken& sampled) {
@@ -162,12 +164,16 @@ void Loop::end_request(ActiveRequest& request, Finish finish, const std::string&
   ++(finish == Finish::kCancelled ? stats_.num_cancelled : stats_.num_errors);
 }
 
-void Loop::publish() {
-  for (const std::int64_t id : ended_) {
-    requests_.erase(id);
-    desk_.forget(id);
-  }
+void Loop::bury() {
+  for (const std::int64_t id : ended_) requests_.erase(id);
+  buried_.insert(buried_.end(), ended_.begin(), ended_.end());
   ended_.clear();
+}
+
+void Loop::publish() {
+  bury();
+  for (const std::int64_t id : buried_) desk_.forget(id);
+  buried_.clear();
   stats_.scheduler = scheduler_.stats();
   // Before the events: who has read a request's last event finds it gone from the counters.
   desk_.publish(stats_, !requests_.empty() || slots_.is_loading());

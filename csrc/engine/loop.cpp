@@ -27,7 +27,8 @@ Loop::Loop(Resources& resources, FrontDesk& desk, Outbox& outbox, LogSink log)
       scheduler_(resources.scheduler_config()),
       slots_(*resources.deltas, *resources.model, resources.config.num_delta_slots),
       builder_(resources.config.block_size, [this](SlotId slot) { return slots_.weights(slot); }),
-      stream_(resources.backend->create_stream()) {
+      stream_(resources.backend->create_stream()),
+      runs_apart_(!resources.backend->shares_host_memory()) {
   publish();
   thread_ = std::thread([this] { run(); });
 }
@@ -53,21 +54,28 @@ void Loop::run() noexcept {
 
 void Loop::turn() {
   accept();
+  if (!runs_apart_) publish();
   const Plan plan = scheduler_.plan();
   note(plan);
   start_loads(plan);
-  if (plan.empty()) return wait_for_news();
+  if (plan.empty()) {
+    publish();
+    return wait_for_news();
+  }
 
   const auto start = std::chrono::steady_clock::now();
-  const StepInput input = build(plan);
-  const Samples samples = forward_and_sample(plan, input);
-  commit(plan, input, samples);
+  builder_.build(plan, requests_, step_.input);
+  launch(plan);
+  // What the last step gave goes out while this one runs.
+  if (runs_apart_) publish();
+  stream_->synchronize();
+  commit(plan);
   const auto seconds = std::chrono::steady_clock::now() - start;
   stats_.last_step_seconds = std::chrono::duration<double>(seconds).count();
   ++stats_.num_steps;
   num_idle_turns_ = 0;
   desk_.progress();
-  publish();
+  if (!runs_apart_) publish();
 }
 
 void Loop::wait_for_news() {
@@ -83,20 +91,18 @@ void Loop::wait_for_news() {
   }
 }
 
-Loop::Samples Loop::forward_and_sample(const Plan& plan, const StepInput& input) {
+void Loop::launch(const Plan& plan) {
   Backend& backend = *resources_.backend;
   for (const BlockCopy& copy : plan.copies) {
     resources_.kv->copy_block(backend, copy.from, copy.to, *stream_);
   }
-  const ConstTensorView logits = resources_.model->forward(input.batch, *resources_.kv, *stream_);
+  const ConstTensorView logits =
+      resources_.model->forward(step_.input.batch, *resources_.kv, *stream_);
+  sample(plan, logits);
+}
 
-  const std::size_t num_uses = input.uses.size();
-  Samples samples{std::vector<SampledToken>(num_uses),
-                  std::vector<std::vector<SampledToken>>(num_uses)};
-  if (num_uses == 0) {
-    stream_->synchronize();
-    return samples;
-  }
+void Loop::sample(const Plan& plan, ConstTensorView logits) {
+  const std::vector<LogitUse>& uses = step_.input.uses;
   const auto row_for = [&](const LogitUse& use, std::int32_t choice_index) {
     const ActiveRequest& request = *use.choice.request;
     const SamplingParams& params = request.request.sampling;
@@ -110,36 +116,48 @@ Loop::Samples Loop::forward_and_sample(const Plan& plan, const StepInput& input)
                         request.request.prompt.size());
   };
 
-  std::vector<SamplingRow> rows;
-  rows.reserve(num_uses);
-  for (const LogitUse& use : input.uses) rows.push_back(row_for(use, use.choice.index));
-  backend.ops().sample(samples.main, logits, rows, *stream_);
-
-  const std::size_t row_bytes = static_cast<std::size_t>(logits.size(1)) * size_of(logits.dtype);
-  for (std::size_t i = 0; i < num_uses; ++i) {
-    const LogitUse& use = input.uses[i];
+  // All rows are laid out before the first is handed over: they must not move.
+  step_.rows.clear();
+  step_.fork_rows.clear();
+  step_.fork_begin.assign(1, 0);
+  for (const LogitUse& use : uses) {
+    step_.rows.push_back(row_for(use, use.choice.index));
     const auto num_choices = static_cast<std::int32_t>(use.choice.request->choices.size());
     const bool is_first_token = use.choice.index == 0 && use.choice.choice().num_output == 0;
-    if (use.scored_prompt >= 0 || !is_first_token) continue;
+    for (std::int32_t other = 1; other < num_choices; ++other) {
+      if (use.scored_prompt < 0 && is_first_token) step_.fork_rows.push_back(row_for(use, other));
+    }
+    step_.fork_begin.push_back(step_.fork_rows.size());
+  }
+  step_.samples.resize(uses.size());
+  step_.fork_samples.resize(step_.fork_rows.size());
+  if (uses.empty()) return;
+
+  Ops& ops = resources_.backend->ops();
+  ops.sample(step_.samples, logits, step_.rows, *stream_);
+  const std::size_t row_bytes = static_cast<std::size_t>(logits.size(1)) * size_of(logits.dtype);
+  for (std::size_t i = 0; i < uses.size(); ++i) {
     const ConstTensorView logit_row{static_cast<const std::byte*>(logits.data) + i * row_bytes,
                                     logits.dtype,
                                     {1, logits.size(1)}};
-    samples.forks[i].resize(static_cast<std::size_t>(num_choices - 1));
-    for (std::int32_t other = 1; other < num_choices; ++other) {
-      const SamplingRow row = row_for(use, other);
-      backend.ops().sample({&samples.forks[i][static_cast<std::size_t>(other - 1)], 1}, logit_row,
-                           {&row, 1}, *stream_);
+    for (std::size_t fork = step_.fork_begin[i]; fork < step_.fork_begin[i + 1]; ++fork) {
+      ops.sample({&step_.fork_samples[fork], 1}, logit_row, {&step_.fork_rows[fork], 1}, *stream_);
     }
   }
-  stream_->synchronize();
-  return samples;
 }
 
 void Loop::end(const std::string& failure) {
   has_failed_ = !failure.empty();
   const std::string error = has_failed_ ? "the engine has stopped: " + failure : "";
   const Finish finish = has_failed_ ? Finish::kError : Finish::kCancelled;
-  if (has_failed_) log_(LogLevel::kError, error);
+  if (has_failed_) {
+    log_(LogLevel::kError, error);
+    // What was launched may still write to step_.
+    try {
+      stream_->synchronize();
+    } catch (const std::exception&) {  // a lost device says so again
+    }
+  }
 
   for (ActiveRequest* request : requests_.all()) end_request(*request, finish, error);
   publish();

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -32,10 +33,19 @@ class Loop {
  private:
   using Finish = OutputEvent::Finish;
 
-  // What sampling made of a step.
-  struct Samples {
-    std::vector<SampledToken> main;                // [uses]
-    std::vector<std::vector<SampledToken>> forks;  // [uses]: first tokens of choices 1, 2, ...
+  // One step's host memory: the device reads and writes it until the stream has passed. Kept from
+  // step to step.
+  struct Step {
+    StepInput input;
+    std::vector<SamplingRow> rows;        // [uses]
+    std::vector<SampledToken> samples;    // [uses]
+    std::vector<std::size_t> fork_begin;  // [uses + 1], into the next two
+    std::vector<SamplingRow> fork_rows;   // first tokens of choices 1, 2, ... of a request
+    std::vector<SampledToken> fork_samples;
+    std::span<const SampledToken> forks_of(std::size_t use) const {
+      return std::span(fork_samples)
+          .subspan(fork_begin[use], fork_begin[use + 1] - fork_begin[use]);
+    }
   };
 
   // loop.cpp: the thread
@@ -43,8 +53,8 @@ class Loop {
   void turn();
   void wait_for_news();
   void end(const std::string& failure);
-  StepInput build(const Plan& plan) const { return builder_.build(plan, requests_); }
-  Samples forward_and_sample(const Plan& plan, const StepInput& input);
+  void launch(const Plan& plan);  // step_ is built; returns when all is queued
+  void sample(const Plan& plan, ConstTensorView logits);
 
   // accept.cpp: what comes in
   void accept();
@@ -59,12 +69,13 @@ class Loop {
 
   // commit.cpp: what goes out
   void note(const Plan& plan);
-  void commit(const Plan& plan, const StepInput& input, const Samples& samples);
+  void commit(const Plan& plan);
   bool take_token(ChoiceRef choice, const SampledToken& sampled);  // true: it was the last
   void end_choice(ChoiceRef choice);
   void cancel_choice(ChoiceRef choice);
   void end_request(ActiveRequest& request, Finish finish, const std::string& error);
   void set_running(ChoiceRef choice, bool is_running);
+  void bury();  // requests that have ended leave the table
   void publish();
 
   Resources& resources_;
@@ -75,11 +86,14 @@ class Loop {
   VariantSlots slots_;
   BatchBuilder builder_;
   std::unique_ptr<Stream> stream_;
+  const bool runs_apart_;  // a launch returns before its work is done
   RequestTable requests_;
   std::map<VariantId, std::shared_ptr<VariantRecord>> variants_;  // known to the scheduler
   std::vector<std::shared_ptr<VariantRecord>> draining_;
-  std::vector<OutputEvent> events_;  // of this turn
-  std::vector<std::int64_t> ended_;  // requests of this turn
+  std::vector<OutputEvent> events_;   // of this turn
+  std::vector<std::int64_t> ended_;   // requests of this turn
+  std::vector<std::int64_t> buried_;  // their ids are free once their last events are out
+  Step step_;
   EngineStats stats_;
   std::mt19937_64 seeds_{std::random_device{}()};
   std::int32_t num_idle_turns_ = 0;  // with work, but nothing to run and nothing to wait for

@@ -6,6 +6,16 @@
 
 namespace deltazip {
 
+void Batch::clear() {
+  tokens.clear();
+  positions.clear();
+  cache_slots.clear();
+  rope_lengths.clear();
+  segments.clear();
+  sequences.clear();
+  logit_rows.clear();
+}
+
 StepPlan::StepPlan(const ModelConfig& config, std::int32_t max_rows, std::int32_t max_logit_rows)
     : config_(config), kinds_{&VariantLayer::input_norm, &VariantLayer::post_attention_norm} {
   if (config.attention_bias) {

@@ -49,6 +49,8 @@ struct Batch {
   std::vector<Segment> segments;           // sorted by first_row, cover all rows
   std::vector<AttentionSequence> sequences;
   std::vector<std::int32_t> logit_rows;  // rows whose logits are wanted, ascending
+
+  void clear();  // keeps the memory
 };
 
 // What a model makes room for.

@@ -148,7 +148,7 @@ class AttentionTest : public BackendTest {
 };
 DZ_ON_EVERY_BACKEND(AttentionTest);
 
-TEST_P(AttentionTest, MatchesTheReference) {
+TEST_P(AttentionTest, SmallBatchesMatchTheReference) {
   for (const DType dtype : cache_dtypes()) {
     for (const Heads& each : heads()) {
       expect_reference(each, dtype, {1, 63, 64, 65, 130, 200, 17}, {1, 1, 1, 65, 21, 1, 17});
@@ -237,6 +237,27 @@ TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
   const std::vector<AttentionSequence> sequences{{0, 1, 90, cache.table(0).data()}};
   ops().paged_attention(out.view(), qkv.view(), cache.layer(), sequences, 2, 1.0F, stream());
   EXPECT_LT(max_error(out, attend(cache, heads, qkv, sequences, 1.0F)), tolerance(1e-3));
+}
+
+TEST_P(AttentionTest, DevicesNameWhatTheyDoNotServe) {
+  if (!is_device()) GTEST_SKIP() << "the CPU serves every head_dim, block_size and cache dtype";
+  const auto error_of = [&](const Heads& heads, DType stored) -> std::string {
+    const CacheFixture cache(backend(), stream(), heads, stored, {10}, rng_);
+    const std::int64_t row_size = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim;
+    const Matrix qkv(1, row_size, 1.0F);
+    Matrix out(1, heads.num_heads * heads.head_dim);
+    const AttentionSequence sequence{0, 1, 10, cache.table(0).data()};
+    try {
+      ops().paged_attention(out.view(), qkv.view(), cache.layer(), std::span(&sequence, 1),
+                            heads.num_heads, 1.0F, stream());
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_NE(error_of({6, 2, 10, 8}, dtype()).find("head_dim"), std::string::npos);
+  EXPECT_NE(error_of({2, 1, 64, 5}, dtype()).find("block_size"), std::string::npos);
+  EXPECT_NE(error_of({2, 1, 64, 8}, DType::kFloat32).find("float32"), std::string::npos);
 }
 
 TEST_P(AttentionTest, RefusesWhatDoesNotFit) {

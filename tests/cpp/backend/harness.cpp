@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <set>
 
 #include "backend/cpu/isa.h"
 
@@ -132,6 +133,26 @@ Matrix Matrix::slice(std::int64_t first, std::int64_t count) const {
   return part;
 }
 
+std::vector<std::int64_t> sampled_columns(std::int64_t num_columns, Rng& rng) {
+  std::set<std::int64_t> columns{0, num_columns / 2, num_columns - 1};
+  for (int i = 0; i < 40; ++i) {
+    columns.insert(static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(num_columns)));
+  }
+  return {columns.begin(), columns.end()};
+}
+
+Matrix Matrix::select(std::span<const std::int64_t> columns) const {
+  Matrix part(rows_, static_cast<std::int64_t>(columns.size()));
+  for (std::int64_t r = 0; r < rows_; ++r) {
+    for (std::size_t i = 0; i < columns.size(); ++i) part.row(r)[i] = row(r)[columns[i]];
+  }
+  return part;
+}
+
+bool Matrix::is_finite() const {
+  return std::all_of(data(), data() + rows_ * columns_, [](float v) { return std::isfinite(v); });
+}
+
 double relative_error(const Matrix& actual, const Reference& expected) {
   double difference = 0.0, norm = 0.0;
   for (std::size_t i = 0; i < expected.size(); ++i) {
@@ -160,12 +181,13 @@ bool same_bits(const float* a, const float* b, std::int64_t count) {
 Weight::Weight(Backend& backend, Stream& stream, std::int64_t rows, std::int64_t columns,
                DType dtype, Rng& rng)
     : buffer(backend.allocate(backend.packed_bytes(dtype, rows, columns))),
-      packed{buffer.data(), dtype, rows, columns} {
+      packed{buffer.data(), backend.packed_dtype(dtype), rows, columns} {
   std::normal_distribution<float> normal(0.0F, 0.05F);
   std::vector<float> floats(to_size(rows * columns));
   for (float& value : floats) value = round_to(normal(rng), dtype);
-  const DType held = backend.activation_dtype(dtype);
-  for (const float value : floats) dense.push_back(static_cast<double>(round_to(value, held)));
+  for (const float value : floats) {
+    dense.push_back(static_cast<double>(round_to(value, packed.dtype)));
+  }
   const std::vector<std::byte> poison(buffer.num_bytes(), std::byte{0xFF});
   backend.copy_to_device(buffer.data(), poison.data(), poison.size(), stream);
   const std::vector<std::byte> host = to_bytes(floats, dtype);

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -93,6 +94,8 @@ class Matrix {
   bool guards_intact() const;
   // Rows [first, first + count) as a matrix of their own.
   Matrix slice(std::int64_t first, std::int64_t count) const;
+  Matrix select(std::span<const std::int64_t> columns) const;
+  bool is_finite() const;
 
  private:
   static constexpr std::size_t kGuard = 64;
@@ -101,6 +104,9 @@ class Matrix {
 };
 
 using Reference = std::vector<double>;
+
+// Some columns of a product too large to be computed in full on the host.
+std::vector<std::int64_t> sampled_columns(std::int64_t num_columns, Rng& rng);
 
 // |a - b|_2 / |b|_2: does not depend on scale.
 double relative_error(const Matrix& actual, const Reference& expected);

@@ -19,7 +19,11 @@ class BatchBuilderTest : public testing::Test {
     requests.open_sequence({&active, 0});
     return active;
   }
-  StepInput build(const Plan& plan) { return builder.build(plan, requests); }
+  StepInput build(const Plan& plan) {
+    StepInput input;
+    builder.build(plan, requests, input);
+    return input;
+  }
 
   RequestTable requests;
   std::vector<SlotId> slots_asked;

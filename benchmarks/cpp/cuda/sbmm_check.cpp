@@ -1,0 +1,28 @@
+// sbmm_check [verify | time | anchors]...: SBMM on the current CUDA device, without the engine.
+
+#include <cstdio>
+#include <string_view>
+
+#include "sbmm_cases.h"
+
+int main(int argc, char** argv) {
+  using namespace deltazip::bench;
+  int failures = 0;
+  try {
+    for (int i = 1; i < argc; ++i) {
+      const std::string_view what = argv[i];
+      if (what == "verify") {
+        failures += verify_sbmm();
+      } else if (what == "time" || what == "anchors") {
+        time_sbmm(what == "anchors");
+      } else {
+        printf("unknown: %s; expected verify, time or anchors\n", argv[i]);
+        return 2;
+      }
+    }
+  } catch (const std::exception& error) {
+    printf("FAIL %s\n", error.what());
+    return 1;
+  }
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,76 @@
+#pragma once
+
+// How a delta stands in device memory, for the host's tiling and for the kernels. A matrix is cut
+// into records of 64 rows x 128 columns, each one contiguous run [values | indices | scales];
+// the records of a row block follow each other along k, row blocks follow each other.
+//
+// Within a record: r = tile of 16 rows, j = tile of 32 columns, lane = 4q + c as mma.sp has it,
+// "pair" = two row tiles (what one warp reads). Words of 32 bits, slowest index first.
+//   sparse24_int4     values [r][lane][j], see int4_nibble(); indices [pair][lane][r][2]
+//   sparse24_int2     values [pair][lane][r][2], word i holds tiles j = 2i, 2i + 1; indices as
+//   above sparse24_ternary  signs [pair][lane][r]; planes a, b [r][q][a0 a1 b0 b1];
+//                     plane c [pair][q][r][2]; see ternary.h
+//   dense_int4        values [r][j][lane][2]
+//   dense_int8        values [r][j][lane][4]
+// Index word i of a lane serves tile j = 2i + c / 2: the metadata register of both tiles is one.
+// Scales: fp16 [part][q][r][rows q, q + 8]; a record has 1, 2 or 4 parts, as groups end within it.
+
+#include <cstdint>
+
+#include "deltazip/backend/delta_matrix.h"
+
+namespace deltazip::cuda {
+
+inline constexpr int kRecordRows = 64;
+inline constexpr int kRecordColumns = 128;
+inline constexpr int kRecordGroups = kRecordColumns / 4;  // of four columns
+inline constexpr int kScalePartBytes = kRecordRows * 2;
+
+struct RecordLayout {
+  std::int32_t values_bytes;   // where the indices (ternary: planes a and b) begin
+  std::int32_t indices_bytes;  // ternary: all three planes
+  std::int32_t scales_offset;
+  std::int32_t scale_parts;  // 1, 2 or 4
+  std::int32_t record_bytes;
+  std::int64_t row_blocks, records;  // records of a row block
+};
+
+constexpr RecordLayout record_layout(DeltaType type, std::int64_t rows, std::int64_t columns,
+                                     std::int32_t group_size) {
+  RecordLayout layout{};
+  constexpr std::int32_t kWeights = kRecordRows * kRecordColumns;
+  switch (type) {
+    case DeltaType::kSparse24Int4:
+      layout.values_bytes = kWeights / 4;
+      layout.indices_bytes = kWeights / 8;
+      break;
+    case DeltaType::kSparse24Int2:
+      layout.values_bytes = kWeights / 8;
+      layout.indices_bytes = kWeights / 8;
+      break;
+    case DeltaType::kSparse24Ternary:
+      layout.values_bytes = kWeights / 16;
+      layout.indices_bytes = kWeights * 3 / 32;
+      break;
+    case DeltaType::kDenseInt4:
+      layout.values_bytes = kWeights / 2;
+      break;
+    case DeltaType::kDenseInt8:
+      layout.values_bytes = kWeights;
+      break;
+  }
+  layout.scales_offset = layout.values_bytes + layout.indices_bytes;
+  // Dense types, rare, do without a kernel for two.
+  layout.scale_parts = group_size % 128 == 0                       ? 1
+                       : group_size % 64 == 0 && is_sparse24(type) ? 2
+                                                                   : 4;
+  layout.record_bytes = layout.scales_offset + layout.scale_parts * kScalePartBytes;
+  layout.row_blocks = (rows + kRecordRows - 1) / kRecordRows;
+  layout.records = (columns + kRecordColumns - 1) / kRecordColumns;
+  return layout;
+}
+
+// Where the scale of a record's row stands among a part's halves.
+constexpr int scale_place(int row) { return row % 8 * 8 + row / 16 * 2 + row / 8 % 2; }
+
+}  // namespace deltazip::cuda

@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "backend/cuda/kernels/sbmm/plan.h"
+#include "deltazip/base/dtype.h"
+
+namespace deltazip::cuda {
+
+// y[row, out_offset + n] += sum over k of x[row, k] * delta[n, k], for the rows of every task.
+// All pointers are device memory. num_ctas may not exceed the number of multiprocessors by design:
+// one CTA fills one.
+struct SbmmLaunch {
+  const void* x;  // [rows, x_stride]
+  void* y;        // [rows, y_stride]
+  const SbmmDeviceTask* tasks;
+  const SbmmCtaRange* ranges;  // [num_ctas]
+  float* scratch;              // plan.scratch_floats
+  std::int32_t* counters;      // plan.num_counters, all zero; zero again when the launch is done
+  std::int64_t x_stride, y_stride;
+  std::int32_t num_ctas;
+  DType dtype;    // of x: fp16 or bf16
+  DType y_dtype;  // dtype or float32
+};
+
+void launch_sbmm(const SbmmLaunch& params, cudaStream_t stream);
+
+// out = weight + delta, [rows, columns] row-major, rounded once: for many tokens of one variant a
+// dense product with the sum is cheaper than two products.
+struct AddDeltaLaunch {
+  const void* weight;  // [rows, columns]
+  DeltaMatrix delta;
+  void* out;    // [rows, columns]; may be weight
+  DType dtype;  // of weight and out: fp16 or bf16
+};
+
+void launch_add_delta(const AddDeltaLaunch& params, cudaStream_t stream);
+
+}  // namespace deltazip::cuda

@@ -1,0 +1,264 @@
+// The device's tiling, proved on the host: what mma.sp would compute from the very words and decode
+// functions of the kernel, lane by lane, against the file format's own meaning.
+
+#include <algorithm>
+#include <array>
+
+#include "backend/cuda/kernels/sbmm/config.h"
+#include "backend/cuda/kernels/sbmm/decode.h"
+#include "backend/cuda/kernels/sbmm/plan.h"
+#include "backend/cuda/kernels/sbmm/read.h"
+#include "backend/cuda/kernels/sbmm/tiling.h"
+#include "backend/harness.h"
+
+namespace deltazip::testing {
+namespace {
+
+using namespace deltazip::cuda;
+
+struct Shape {
+  std::int64_t rows, columns;
+  std::int32_t group_size;
+};
+constexpr Shape kShapes[] = {{192, 576, 64}, {576, 1536, 128}, {7, 100, 32},    {1, 1, 32},
+                             {50, 33, 64},   {96, 320, 96},    {33, 640, 1024}, {130, 300, 192}};
+
+std::vector<unsigned char> tile(const Delta& delta) {
+  const DeltaMatrix& m = delta.matrix;
+  std::vector<unsigned char> out(tiled_delta_bytes(m.type, m.rows, m.columns, m.group_size), 0xFF);
+  tile_delta(out.data(), delta.source());
+  return out;
+}
+
+double scale_at(const unsigned char* record, const RecordLayout& layout, int row, int column) {
+  Half half;
+  std::memcpy(&half,
+              record + layout.scales_offset +
+                  column / (kRecordColumns / layout.scale_parts) * kScalePartBytes +
+                  2 * scale_place(row),
+              2);
+  return to_float(half);
+}
+
+class SbmmTileTest : public ::testing::TestWithParam<DeltaType> {
+ protected:
+  std::unique_ptr<Backend> cpu_ = open_backend("cpu");
+  Rng rng_{7};
+};
+INSTANTIATE_TEST_SUITE_P(All, SbmmTileTest, ::testing::ValuesIn(kDeltaTypes),
+                         [](const auto& entry) { return std::string(name(entry.param)); });
+
+TEST_P(SbmmTileTest, ReadingGroupsGivesTheFileBack) {
+  for (const Shape& shape : kShapes) {
+    const Delta delta(*cpu_, GetParam(), shape.rows, shape.columns, shape.group_size, rng_);
+    const std::vector<unsigned char> tiled = tile(delta);
+    const RecordLayout layout =
+        record_layout(GetParam(), shape.rows, shape.columns, shape.group_size);
+    for (std::int64_t row = 0; row < shape.rows; ++row) {
+      for (std::int64_t column = 0; column < shape.columns; ++column) {
+        const unsigned char* record =
+            tiled.data() + (row / 64 * layout.records + column / 128) * layout.record_bytes;
+        const int r = static_cast<int>(row % 64), k = static_cast<int>(column % 128);
+        const double value = read_group(record, GetParam(), r, k / 4).v[k % 4];
+        ASSERT_EQ(value * scale_at(record, layout, r, k), delta.at(row, column))
+            << row << ", " << column << " of " << shape.rows << "x" << shape.columns;
+      }
+    }
+  }
+}
+
+// mma.sp.m16n8k32's A from registers and metadata, as the ISA defines it: [16][32].
+using SparseTile = std::array<std::array<float, 32>, 16>;
+struct LaneRegisters {
+  std::array<std::array<float, 2>, 4> a;  // the two halves of each register
+  std::uint32_t metadata;
+};
+
+SparseTile expand(const std::array<LaneRegisters, 32>& lanes, int selector) {
+  SparseTile out{};
+  for (int lane = 0; lane < 32; ++lane) {
+    const int q = lane / 4, c = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      const int row = q + 8 * (i % 2), group = c + 4 * (i / 2);
+      const std::uint32_t word =
+          lanes[static_cast<std::size_t>(4 * q + 2 * selector + group / 4)].metadata;
+      const std::uint32_t nibble = word >> (16 * (i % 2) + 4 * (group % 4)) & 15u;
+      EXPECT_LT(nibble & 3u, nibble >> 2) << "indices must ascend";
+      auto& columns = out[static_cast<std::size_t>(row)];
+      columns[4 * static_cast<std::size_t>(group) + (nibble & 3u)] =
+          lanes[static_cast<std::size_t>(lane)].a[static_cast<std::size_t>(i)][0];
+      columns[4 * static_cast<std::size_t>(group) + (nibble >> 2)] =
+          lanes[static_cast<std::size_t>(lane)].a[static_cast<std::size_t>(i)][1];
+    }
+  }
+  return out;
+}
+
+std::uint32_t word_at(const unsigned char* from, int index) {
+  std::uint32_t word;
+  std::memcpy(&word, from + 4 * index, 4);
+  return word;
+}
+
+// What lane holds of tile (r, j): the kernel's loads, and its bit tricks where they are bits only.
+LaneRegisters registers(const unsigned char* record, DeltaType type, int r, int j, int lane) {
+  LaneRegisters out{};
+  const int pair = r / 2, c = lane % 4, q = lane / 4;
+  const unsigned char* indices = record + (type == DeltaType::kSparse24Int4 ? 2048 : 1024);
+  out.metadata = word_at(indices, ((pair * 32 + lane) * 2 + r % 2) * 2 + j / 2);
+  if (type == DeltaType::kSparse24Int4) {
+    const std::uint32_t word = word_at(record, (r * 32 + lane) * 4 + j);
+    for (std::size_t i = 0; i < 4; ++i) {
+      const std::uint32_t codes = word >> (4 * int4_nibble(static_cast<int>(i)));
+      out.a[i] = {static_cast<float>(codes & 15u) - 8, static_cast<float>(codes >> 16 & 15u) - 8};
+    }
+  } else if (type == DeltaType::kSparse24Int2) {
+    const std::uint32_t word = word_at(record, ((pair * 32 + lane) * 2 + r % 2) * 2 + j / 2);
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      const std::uint32_t turned =
+          rotate_right(word, 2 * (static_cast<std::uint32_t>(j) % 2 * 4 + i) + 1);
+      out.a[i] = {2 * static_cast<float>(turned & 3u) - 3,
+                  2 * static_cast<float>(turned >> 16 & 3u) - 3};
+    }
+  } else {
+    const unsigned char* planes = record + 512;
+    TernaryPlanes words{};
+    for (int y = 0; y < 2; ++y) {
+      words.a[y] = word_at(planes, (r * 8 + q) * 4 + y);
+      words.b[y] = word_at(planes, (r * 8 + q) * 4 + 2 + y);
+      words.c[y] = word_at(planes + 512, ((pair * 8 + q) * 2 + r % 2) * 2 + y);
+    }
+    const auto lane_c = static_cast<std::uint32_t>(c);
+    const TernaryDigits digits =
+        ternary_digits(words, word_at(record, (pair * 32 + lane) * 2 + r % 2), lane_c);
+    out.metadata = ternary_metadata(words, j / 2, lane_c);
+    const auto value = [](std::uint32_t half) {  // as fp16: sign, then 0 or the top exponent bit
+      EXPECT_EQ(half & 0x3FFFu, 0u);
+      return ((half & 0x4000u) != 0 ? 1.0F : 0.0F) * ((half & 0x8000u) != 0 ? -1.0F : 1.0F);
+    };
+    const auto put = [&](std::size_t i, std::uint32_t pair_bits) {
+      out.a[i] = {value(pair_bits & 0xFFFFu), value(pair_bits >> 16)};
+    };
+    const auto put_all = [&]<int kBit>(std::integral_constant<int, kBit>) {
+      put(0, ternary_pair<kBit>(digits));
+      put(1, ternary_pair<kBit + 8>(digits));
+      put(2, ternary_pair<kBit + 1>(digits));
+      put(3, ternary_pair<kBit + 9>(digits));
+    };
+    if (j == 0) put_all(std::integral_constant<int, 0>{});
+    if (j == 1) put_all(std::integral_constant<int, 2>{});
+    if (j == 2) put_all(std::integral_constant<int, 4>{});
+    if (j == 3) put_all(std::integral_constant<int, 6>{});
+  }
+  return out;
+}
+
+TEST_P(SbmmTileTest, SparseProductsSeeTheMatrix) {
+  if (!is_sparse24(GetParam())) GTEST_SKIP() << "dense records feed a dense product";
+  for (const Shape& shape : kShapes) {
+    const Delta delta(*cpu_, GetParam(), shape.rows, shape.columns, shape.group_size, rng_);
+    const std::vector<unsigned char> tiled = tile(delta);
+    const RecordLayout layout =
+        record_layout(GetParam(), shape.rows, shape.columns, shape.group_size);
+    for (std::int64_t n = 0; n < layout.row_blocks * layout.records; ++n) {
+      const unsigned char* record = tiled.data() + n * layout.record_bytes;
+      for (int r = 0; r < 4; ++r) {
+        for (int j = 0; j < 4; ++j) {
+          std::array<LaneRegisters, 32> lanes;
+          for (int lane = 0; lane < 32; ++lane) {
+            lanes[static_cast<std::size_t>(lane)] = registers(record, GetParam(), r, j, lane);
+          }
+          const SparseTile seen = expand(lanes, j % 2);
+          for (int i = 0; i < 16; ++i) {
+            for (int k = 0; k < 32; ++k) {
+              const std::int64_t row = n / layout.records * 64 + 16 * r + i;
+              const std::int64_t column = n % layout.records * 128 + 32 * j + k;
+              const double value = seen[static_cast<std::size_t>(i)][static_cast<std::size_t>(k)] *
+                                   scale_at(record, layout, 16 * r + i, 32 * j + k);
+              if (row >= shape.rows) {
+                ASSERT_EQ(value, 0.0) << "padded row";
+              } else if (column < shape.columns) {
+                ASSERT_EQ(value, delta.at(row, column)) << row << ", " << column;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(SbmmTileTest, SizeIsTheFilesUpToPadding) {
+  const Delta delta(*cpu_, GetParam(), 512, 1024, 128, rng_);
+  const std::size_t file = delta.values.size() + delta.indices.size() + delta.scales.size();
+  EXPECT_EQ(tiled_delta_bytes(GetParam(), 512, 1024, 128), file);
+}
+
+TEST_P(SbmmTileTest, RefusesSpansOfTheWrongSize) {
+  const Delta delta(*cpu_, GetParam(), 16, 64, 32, rng_);
+  std::vector<unsigned char> out(tiled_delta_bytes(GetParam(), 16, 64, 32));
+  DeltaSource source = delta.source();
+  source.values = source.values.first(source.values.size() - 1);
+  EXPECT_THROW(tile_delta(out.data(), source), InvalidArgument);
+  source = delta.source();
+  source.scales = source.scales.first(2);
+  EXPECT_THROW(tile_delta(out.data(), source), InvalidArgument);
+  EXPECT_THROW(tiled_delta_bytes(GetParam(), 0, 64, 32), InvalidArgument);
+  EXPECT_THROW(tiled_delta_bytes(GetParam(), 16, 64, 33), InvalidArgument);
+}
+
+// Every item of every task belongs to exactly one CTA, whatever the mixture.
+TEST(SbmmPlanTest, EveryItemHasOneCta) {
+  Rng rng{11};
+  const int dummy = 0;
+  for (int round = 0; round < 300; ++round) {
+    std::vector<SbmmTask> tasks;
+    for (std::uint64_t i = rng() % 12; i > 0; --i) {
+      SbmmTask task;
+      task.delta = {rng() % 5 == 0 ? nullptr : &dummy, kDeltaTypes[rng() % 5],
+                    static_cast<std::int32_t>(32 * (1 + rng() % 8)),
+                    static_cast<std::int64_t>(1 + rng() % 5000),
+                    static_cast<std::int64_t>(1 + rng() % 20000)};
+      task.num_rows = static_cast<std::int32_t>(rng() % 3 == 0 ? rng() % 200 : rng() % 9);
+      tasks.push_back(task);
+    }
+    SbmmPlan plan;
+    const auto num_ctas = static_cast<std::int32_t>(1 + rng() % 140);
+    const std::size_t scratch = rng() % 2 == 0 ? std::size_t{1} << 40 : 0;
+    make_sbmm_plan(plan, tasks, {num_ctas, scratch, scratch});
+    ASSERT_EQ(plan.ranges.size(), static_cast<std::size_t>(num_ctas));
+    ASSERT_EQ(plan.tasks.size(), tasks.size());
+    std::vector<std::int64_t> next(tasks.size(), 0);
+    for (const SbmmCtaRange& range : plan.ranges) {
+      ASSERT_GE(range.num_stages, tasks.empty() ? 1 : 1);
+      for (std::int32_t t = range.first_task; t <= range.last_task && !tasks.empty(); ++t) {
+        const auto& task = plan.tasks[static_cast<std::size_t>(t)];
+        const std::int32_t first = t == range.first_task ? range.first_item : 0;
+        const std::int32_t last = t == range.last_task ? range.last_item : task.num_items;
+        if (first >= last) continue;
+        ASSERT_EQ(first, next[static_cast<std::size_t>(t)]);
+        next[static_cast<std::size_t>(t)] = last;
+        if (scratch == 0) {
+          ASSERT_EQ(first % task.segments, 0);
+          ASSERT_EQ(task.panel_segments, task.segments);
+          ASSERT_LE(task.piece_tokens, kPassTokens);
+        }
+        ASSERT_LE(std::int64_t{task.piece_tokens} * task.panel_segments *
+                      (task.segment_records * 256 + kXPadBytes),
+                  range.x_bytes);
+        ASSERT_LE(task.stage_records * task.record_bytes, range.stage_bytes);
+      }
+    }
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+      const auto& task = plan.tasks[t];
+      ASSERT_EQ(next[t], task.num_items);
+      ASSERT_EQ(task.num_items == 0, tasks[t].delta.data == nullptr || tasks[t].num_rows == 0);
+      if (task.num_items == 0) continue;
+      const std::int64_t pieces = (task.num_rows + task.piece_tokens - 1) / task.piece_tokens;
+      ASSERT_EQ(task.num_items, pieces * task.row_blocks * task.segments);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace deltazip::testing
