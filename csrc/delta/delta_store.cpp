@@ -1,9 +1,13 @@
 #include "deltazip/delta/delta_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #include "delta/layout.h"
@@ -52,7 +56,32 @@ void write_floats(float* out, const ConstTensorView& view) {
   }
 }
 
-HostPointer tile(Backend& backend, const Entry& entry) {
+// Runs `body` on `num_threads` threads, this one included. Each takes indices from next() until one
+// is not below `count`. The first exception is thrown again when all have stopped.
+template <typename Body>
+void share_among_threads(int num_threads, std::size_t count, const Body& body) {
+  std::atomic<std::size_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+  const auto work = [&] {
+    try {
+      body([&]() -> std::size_t { return next.fetch_add(1); });
+    } catch (...) {
+      next = count;  // the others stop too
+      const std::lock_guard lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < num_threads && static_cast<std::size_t>(i) < count; ++i) {
+    others.emplace_back(work);
+  }
+  work();
+  for (std::thread& other : others) other.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+HostPointer tile(Backend& backend, const Entry& entry, int num_threads) {
   const DeltaFile& file = *entry.file;
   file.check_unchanged();
   auto host = std::make_shared<HostDelta>();
@@ -61,17 +90,25 @@ HostPointer tile(Backend& backend, const Entry& entry) {
   host->chunks = entry.layout.chunks;
   if (entry.layout.num_bytes > 0) host->bytes = backend.allocate_host(entry.layout.num_bytes);
   auto* bytes = static_cast<std::byte*>(host->bytes.data());
-  std::vector<std::byte> storage;
+
+  std::vector<std::size_t> order;
   for (std::size_t i = 0; i < host->parts.size(); ++i) {
-    const DeltaPart& part = host->parts[i];
-    if (part.num_bytes == 0) continue;
-    const DeltaTensor tensor = file.load(file.tensors()[i], storage);
-    if (part.kind == DeltaKind::kMatrix) {
-      backend.tile_delta(bytes + part.offset, tensor.matrix);
-    } else {
-      write_floats(reinterpret_cast<float*>(bytes + part.offset), tensor.replaced);
-    }
+    if (host->parts[i].num_bytes > 0) order.push_back(i);
   }
+  std::ranges::stable_sort(order, std::greater(),
+                           [&](std::size_t i) { return host->parts[i].num_bytes; });
+  share_among_threads(num_threads, order.size(), [&](const auto& next) {
+    std::vector<std::byte> storage;
+    for (std::size_t at = next(); at < order.size(); at = next()) {
+      const DeltaPart& part = host->parts[order[at]];
+      const DeltaTensor tensor = file.load(file.tensors()[order[at]], storage);
+      if (part.kind == DeltaKind::kMatrix) {
+        backend.tile_delta(bytes + part.offset, tensor.matrix);
+      } else {
+        write_floats(reinterpret_cast<float*>(bytes + part.offset), tensor.replaced);
+      }
+    }
+  });
   file.check_unchanged();  // what was validated is what was read
   return host;
 }
@@ -84,6 +121,7 @@ struct DeltaStore::Impl {
   const std::vector<BaseTensor> base_tensors;
   const std::int32_t num_layers;
   const std::size_t budget_bytes;
+  const int num_threads;
 
   mutable std::mutex mutex;
   std::map<std::int32_t, std::shared_ptr<Entry>> entries;
@@ -119,13 +157,15 @@ struct DeltaStore::Impl {
 };
 
 DeltaStore::DeltaStore(Backend& backend, Digest base_digest, std::vector<BaseTensor> base_tensors,
-                       std::size_t host_budget_bytes) {
+                       std::size_t host_budget_bytes, int num_threads) {
+  DZ_CHECK(num_threads >= 1, "DeltaStore: num_threads must be at least 1, got ", num_threads);
   const std::int32_t num_layers = count_layers(base_tensors);
   impl_.reset(new Impl{.backend = backend,
                        .base_digest = base_digest,
                        .base_tensors = std::move(base_tensors),
                        .num_layers = num_layers,
                        .budget_bytes = host_budget_bytes,
+                       .num_threads = num_threads,
                        .mutex = {},
                        .entries = {}});
 }
@@ -178,7 +218,7 @@ std::shared_ptr<const HostDelta> DeltaStore::get(std::int32_t handle) {
       return host;
     }
   }
-  HostPointer host = tile(impl_->backend, *entry);
+  HostPointer host = tile(impl_->backend, *entry, impl_->num_threads);
   const std::lock_guard lock(impl_->mutex);
   entry->used = host;
   if (impl_->entries.contains(handle)) impl_->keep(*entry, host, evicted);

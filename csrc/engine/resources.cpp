@@ -15,6 +15,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// More would contend with the engine's own thread and the server.
+constexpr int kTilingThreads = 8;
 constexpr std::size_t kMaxGenerationConfigBytes = 1u << 20;
 
 template <typename T>
@@ -185,8 +187,11 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log,
     return std::make_unique<KvCache>(*backend, model_config, *kv_dtype, num_blocks,
                                      config.block_size);
   });
+  // Beside a device the cores are free to tile; on the CPU they compute.
+  const int tiling_threads = shares_host_memory ? 1 : std::min(config.num_threads, kTilingThreads);
   store = std::make_unique<DeltaStore>(*backend, base_digest, tensors,
-                                       static_cast<std::size_t>(config.host_budget_bytes));
+                                       static_cast<std::size_t>(config.host_budget_bytes),
+                                       tiling_threads);
   deltas = std::make_unique<DeltaCache>(*backend, *store, config.num_delta_slots);
 }
 

@@ -44,7 +44,7 @@ class Binder {
     std::int64_t size;
   };
   // Vectors that a fused product needs side by side: copied together if any differs from the base.
-  const float* fused(std::initializer_list<Piece> pieces, const float* base, Stream& stream) {
+  const float* fused(std::initializer_list<Piece> pieces, const float* base) {
     std::int64_t total = 0;
     bool changed = false;
     for (const Piece& piece : pieces) {
@@ -58,24 +58,34 @@ class Binder {
     for (const Piece& piece : pieces) {
       const float* from = vector(piece.name, piece.size, base);
       backend_.copy_on_device(to, from, static_cast<std::size_t>(piece.size) * sizeof(float),
-                              stream);
+                              stream());
       to += piece.size;
       base += piece.size;
     }
     return static_cast<const float*>(buffer.data());
   }
 
-  void layer(std::int32_t index, Stream& stream);
+  void layer(std::int32_t index);
+  void finish() {  // what was put side by side is there
+    if (stream_) stream_->synchronize();
+  }
 
  private:
+  // Most models have no biases to fuse: then a load asks nothing of the device here.
+  Stream& stream() {
+    if (!stream_) stream_ = backend_.create_stream();
+    return *stream_;
+  }
+
   Backend& backend_;
+  std::unique_ptr<Stream> stream_;
   const ModelConfig& config_;
   const VariantWeights& base_;
   const DeviceDelta& delta_;
   VariantWeights& out_;
 };
 
-void Binder::layer(std::int32_t index, Stream& stream) {
+void Binder::layer(std::int32_t index) {
   const std::int64_t hidden = config_.hidden_size, inner = config_.intermediate_size;
   const std::int64_t q_size = std::int64_t{config_.num_heads} * config_.head_dim;
   const std::int64_t kv_size = std::int64_t{config_.num_kv_heads} * config_.head_dim;
@@ -97,12 +107,12 @@ void Binder::layer(std::int32_t index, Stream& stream) {
     to.qkv_bias = fused({{at("self_attn.q_proj.bias"), q_size},
                          {at("self_attn.k_proj.bias"), kv_size},
                          {at("self_attn.v_proj.bias"), kv_size}},
-                        base.qkv_bias, stream);
+                        base.qkv_bias);
     to.o_bias = vector(at("self_attn.o_proj.bias"), hidden, base.o_bias);
   }
   if (config_.mlp_bias) {
     to.gate_up_bias = fused({{at("mlp.gate_proj.bias"), inner}, {at("mlp.up_proj.bias"), inner}},
-                            base.gate_up_bias, stream);
+                            base.gate_up_bias);
     to.down_bias = vector(at("mlp.down_proj.bias"), hidden, base.down_bias);
   }
 }
@@ -132,9 +142,8 @@ std::shared_ptr<const VariantWeights> Model::bind(const DeviceDelta& delta) cons
   auto out = std::make_shared<VariantWeights>();
   out->id = ++impl_->last_variant;
   out->host = delta.host;
-  const std::unique_ptr<Stream> stream = impl_->backend.create_stream();
   Binder binder(impl_->backend, config, base, delta, *out);
-  for (std::int32_t i = 0; i < config.num_layers; ++i) binder.layer(i, *stream);
+  for (std::int32_t i = 0; i < config.num_layers; ++i) binder.layer(i);
   out->final_norm = binder.vector(std::string(kFinalNorm), config.hidden_size, base.final_norm);
   out->embedding = binder.matrix(std::string(kEmbedding), config.vocab_size, config.hidden_size);
   // A tied lm_head that is a tensor of its own in the checkpoint has its own entry in the delta.
@@ -142,7 +151,7 @@ std::shared_ptr<const VariantWeights> Model::bind(const DeviceDelta& delta) cons
   out->lm_head = is_own_tensor
                      ? binder.matrix(std::string(kLmHead), config.vocab_size, config.hidden_size)
                      : out->embedding;
-  stream->synchronize();
+  binder.finish();
   return out;
 }
 

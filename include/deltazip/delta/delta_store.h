@@ -54,9 +54,9 @@ struct DeltaSummary {
 class DeltaStore {
  public:
   // `base_tensors`: what every delta must cover. `host_budget_bytes` bounds what is kept for later,
-  // 0: no bound; bytes that someone still uses stay alive beyond it.
+  // 0: no bound; bytes that someone still uses stay alive beyond it. `num_threads` tile one delta.
   DeltaStore(Backend& backend, Digest base_digest, std::vector<BaseTensor> base_tensors,
-             std::size_t host_budget_bytes);
+             std::size_t host_budget_bytes, int num_threads = 1);
   ~DeltaStore();
 
   // Opens and fully validates; keeps the mapping, so later replacement of the path changes nothing.

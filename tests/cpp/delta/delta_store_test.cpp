@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "delta/store_fixture.h"
@@ -108,6 +109,40 @@ TEST(DeltaStore, RefusesWhatIsNotOfItsBase) {
   const auto layers = message_of<InvalidArgument>(
       [&] { DeltaStore(backend, variants.base_digest, variants.base, 0); });
   EXPECT_NE(layers.find("layer 900000"), std::string::npos) << layers;
+}
+
+TEST(DeltaStore, SeveralThreadsTileTheSameBytes) {
+  Variants variants(1);
+  FakeBackend backend(true);
+  DeltaStore one(backend, variants.base_digest, variants.base, 0);
+  const auto expected = one.get(one.add(variants.paths[0]));
+  const int num_matrices = backend.num_tiled;
+  DeltaStore several(backend, variants.base_digest, variants.base, 0, 5);
+  const std::int32_t handle = several.add(variants.paths[0]);
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  backend.on_tile = [&] {
+    {
+      const std::lock_guard lock(mutex);
+      threads.insert(std::this_thread::get_id());
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that the others get some
+  };
+  const auto host = several.get(handle);
+  EXPECT_EQ(backend.num_tiled, 2 * num_matrices);
+  EXPECT_GT(threads.size(), 1u);
+  ASSERT_EQ(host->parts.size(), expected->parts.size());
+  const auto* bytes = static_cast<const std::byte*>(host->bytes.data());
+  const auto* right = static_cast<const std::byte*>(expected->bytes.data());
+  for (const DeltaPart& part : host->parts) {
+    EXPECT_TRUE(
+        std::equal(bytes + part.offset, bytes + part.offset + part.num_bytes, right + part.offset))
+        << part.name;
+  }
+  DeltaStore failing(backend, variants.base_digest, variants.base, 0, 3);
+  backend.on_tile = [] { throw ResourceExhausted("no more tiles"); };
+  EXPECT_THROW(failing.get(failing.add(variants.paths[0])), ResourceExhausted);
+  EXPECT_EQ(failing.host_bytes(), 0u);
 }
 
 TEST(DeltaStore, UnknownHandlesAreNotFound) {
