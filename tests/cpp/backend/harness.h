@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/cuda_problem.h"
 #include "backend/device_memory.h"
 #include "backend/host_ops.h"
 #include "deltazip/backend/backend.h"
@@ -25,11 +26,9 @@ using Rng = std::mt19937_64;
 
 class Matrix;
 
-// "cpu/scalar", "cpu/avx2", "cuda/float16", ...: all that this machine runs.
+// "cpu/scalar", "cpu/avx2", "cpu/apart", "cuda/float16", ...: all that this machine runs.
 std::vector<std::string> backend_names();
 std::unique_ptr<Backend> open_backend(const std::string& name, int num_threads = 2);
-// Why there is no "cuda/..." among them; empty where there is.
-const std::string& cuda_problem();
 
 // A backend beside the test's own, to compare with.
 struct OpenedBackend {
@@ -48,7 +47,7 @@ class BackendTest : public ::testing::TestWithParam<std::string> {
   HostOps& ops() { return ops_; }
   Stream& stream() { return *stream_; }
   Backend& backend() { return *backend_; }
-  bool is_device() const { return !backend_->shares_host_memory(); }
+  bool is_device() const { return !GetParam().starts_with("cpu"); }
   DType dtype() const { return backend_->activation_dtype(DType::kFloat32); }
   float rounded(float value) const { return round_to(value, dtype()); }
   Matrix random(std::int64_t rows, std::int64_t columns, float scale = 1.0F);
