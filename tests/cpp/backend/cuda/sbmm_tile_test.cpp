@@ -5,9 +5,9 @@
 #include <array>
 
 #include "backend/cuda/kernels/sbmm/config.h"
-#include "backend/cuda/kernels/sbmm/decode.h"
+#include "backend/cuda/kernels/sbmm/decode.cuh"
 #include "backend/cuda/kernels/sbmm/plan.h"
-#include "backend/cuda/kernels/sbmm/read.h"
+#include "backend/cuda/kernels/sbmm/read.cuh"
 #include "backend/cuda/kernels/sbmm/tiling.h"
 #include "backend/harness.h"
 

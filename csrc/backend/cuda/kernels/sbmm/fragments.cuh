@@ -13,7 +13,7 @@
 #include "backend/cuda/kernels/device/mma.cuh"
 #include "backend/cuda/kernels/device/mma_sp.cuh"
 #include "backend/cuda/kernels/sbmm/config.h"
-#include "backend/cuda/kernels/sbmm/decode.h"
+#include "backend/cuda/kernels/sbmm/decode.cuh"
 #include "backend/cuda/kernels/sbmm/record.h"
 
 namespace deltazip::cuda {

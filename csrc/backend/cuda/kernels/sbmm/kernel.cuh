@@ -53,7 +53,8 @@ template <typename Body>
 __device__ __forceinline__ void for_each_set(const SbmmLaunch& params, const SbmmCtaRange& range,
                                              Body&& body) {
   for (int index = range.first_task; index <= range.last_task; ++index) {
-    const SbmmDeviceTask& task = params.tasks[index];
+    // A copy: stores to y might alias a reference, and every field would be loaded again.
+    const SbmmDeviceTask task = params.tasks[index];
     int item = index == range.first_task ? range.first_item : 0;
     const int last = index == range.last_task ? range.last_item : task.num_items;
     if (item >= last) continue;

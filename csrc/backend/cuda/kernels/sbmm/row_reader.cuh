@@ -4,7 +4,7 @@
 
 #include <cuda_fp16.h>
 
-#include "backend/cuda/kernels/sbmm/read.h"
+#include "backend/cuda/kernels/sbmm/read.cuh"
 
 namespace deltazip::cuda {
 

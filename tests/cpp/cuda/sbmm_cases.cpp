@@ -1,4 +1,4 @@
-#include "sbmm_cases.h"
+#include "cuda/sbmm_cases.h"
 
 #include "deltazip/base/dtype.h"
 

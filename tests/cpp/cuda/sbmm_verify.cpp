@@ -4,7 +4,7 @@
 #include <cmath>
 #include <memory>
 
-#include "sbmm_cases.h"
+#include "cuda/sbmm_cases.h"
 
 namespace deltazip::bench {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "backend/cuda/kernels/sbmm/decode.h"
+#include "backend/cuda/kernels/sbmm/decode.cuh"
 #include "backend/cuda/kernels/sbmm/record.h"
 
 namespace deltazip::cuda {

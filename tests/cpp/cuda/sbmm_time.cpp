@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/sbmm_cases.h"
 #include "deltazip/base/dtype.h"
-#include "sbmm_cases.h"
 
 namespace deltazip::bench {
 namespace {

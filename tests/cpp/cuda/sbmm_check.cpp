@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <string_view>
 
-#include "sbmm_cases.h"
+#include "cuda/sbmm_cases.h"
 
 int main(int argc, char** argv) {
   using namespace deltazip::bench;

@@ -1,7 +1,7 @@
 #include "backend/cuda/kernels/device/bulk_copy.cuh"
 #include "backend/cuda/kernels/device/mbarrier.cuh"
 #include "backend/cuda/kernels/device/smem.cuh"
-#include "sbmm_cases.h"
+#include "cuda/sbmm_cases.h"
 
 namespace deltazip::bench {
 namespace {

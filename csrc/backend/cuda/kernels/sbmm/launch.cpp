@@ -1,4 +1,5 @@
 #include "backend/cuda/kernels/device/launch.h"
+
 #include "backend/cuda/kernels/sbmm/config.h"
 #include "backend/cuda/kernels/sbmm/instances.h"
 
