@@ -6,7 +6,7 @@
 #   host.sh exec COMMAND...       a command in the environment that the others have
 #   host.sh build                 only the build, in build/gpu
 # Needs no network: what the machine lacks comes from build/gpu-kit (pack.sh), what it has is used.
-#   PYTHON (python3), GPU_ARCHITECTURES (90a-real), JOBS (all cores), GPU_RESULTS
+#   PYTHON (python3), GPU_ARCHITECTURES (90a-real), JOBS (all cores), GPU_RESULTS, GPU_CHECKS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -33,8 +33,13 @@ install_wheels() {
   export PYTHONPATH=$host/site${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# Programs of the kernels' authors that compare with sums on the host; built on demand only.
-checks() { sed -n 's/^add_executable(\([a-z0-9_]*_check\)\b.*/\1/p' tests/cpp/cuda/CMakeLists.txt; }
+# What has cases for a GPU; with GPU_CHECKS=1 also the programs that check single kernels.
+targets() {
+  echo _C deltazip_cuda deltazip-bench-ops backend_test engine_test
+  if [[ ${GPU_CHECKS:-} ]]; then
+    sed -n 's/^deltazip_cuda_check(\([a-z0-9_]*\).*/\1/p' tests/cpp/cuda/CMakeLists.txt
+  fi
+}
 
 build() {
   local options=(
@@ -57,7 +62,7 @@ build() {
   mkdir -p "$tree"
   cmake -S . -B "$tree" -G Ninja "${options[@]}" >"$tree/configure.log" 2>&1 ||
     { cat "$tree/configure.log" >&2; exit 1; }
-  cmake --build "$tree" -j "$jobs" --target all $(checks)
+  cmake --build "$tree" -j "$jobs" --target $(targets)
   cp "$tree/libdeltazip_cuda.so" "$tree/package/"
 }
 
