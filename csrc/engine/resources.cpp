@@ -187,6 +187,14 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log,
     return std::make_unique<KvCache>(*backend, model_config, *kv_dtype, num_blocks,
                                      config.block_size);
   });
+  // Pinned memory cannot be swapped out: without a bound, many variants would end the process.
+  if (!shares_host_memory && config.host_budget_bytes == 0) {
+    const MemoryInfo host = make_backend("cpu", {1, {}})->memory_info();
+    config.host_budget_bytes =
+        std::max<std::int64_t>(1, static_cast<std::int64_t>(host.free_bytes / 2));
+    log(LogLevel::kInfo, detail::concat("capacity: deltas in host memory: ",
+                                        config.host_budget_bytes / (1 << 20), " MiB, pinned"));
+  }
   // Beside a device the cores are free to tile; on the CPU they compute.
   const int tiling_threads = shares_host_memory ? 1 : std::min(config.num_threads, kTilingThreads);
   store = std::make_unique<DeltaStore>(*backend, base_digest, tensors,

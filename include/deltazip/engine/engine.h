@@ -28,7 +28,8 @@ struct EngineConfig {
                                          // 92 % of a device's
   std::int64_t delta_budget_bytes = 0;   // slots; 0: room for num_delta_slots 4-bit variants, at
                                          // most half of what is left
-  std::int64_t host_budget_bytes = 0;    // tiled deltas kept in host memory; 0: no bound
+  std::int64_t host_budget_bytes = 0;    // tiled deltas kept in host memory; 0: no bound, beside a
+                                         // device half of free host memory, which it pins
   std::int32_t num_delta_slots = 0;      // 0: 8 on a CPU, 64 on a device
   std::int32_t block_size = 16;
   std::int32_t max_batch_tokens = 0;        // 0: 512 on a CPU, 8192 on a device

@@ -45,7 +45,7 @@ class Settings(BaseModel):
     kv_cache_gib: float = Field(0, ge=0, le=1 << 20, description="KV cache; 0 is what is left.")
     memory_gib: float = Field(0, ge=0, le=1 << 20, description="Memory budget; 0 is chosen.")
     delta_gib: float = Field(0, ge=0, le=1 << 20, description="Delta slots; 0 is chosen.")
-    host_gib: float = Field(0, ge=0, le=1 << 20, description="Deltas in host memory; 0 unbounded.")
+    host_gib: float = Field(0, ge=0, le=1 << 20, description="Deltas in host memory; 0: chosen.")
     num_delta_slots: int = Field(0, ge=0, le=4096, description="Deltas on the device; 0: auto.")
     block_size: int = Field(16, ge=1, le=1024, description="Positions of one KV block.")
     max_batch_tokens: int = Field(0, ge=0, le=1 << 17, description="Tokens of one step; 0: auto.")

@@ -44,7 +44,9 @@ std::vector<Request> mixed_requests() {
 TEST(Device, AnswersAsTheCpuDoes) {
   TinyHouse house;
   const auto answers_on = [&](std::unique_ptr<Backend> backend) {
+    const bool is_apart = backend != nullptr;
     Engine engine(house.config(), test::silent, std::move(backend));
+    EXPECT_EQ(engine.config().host_budget_bytes > 0, is_apart) << "what is pinned has a bound";
     for (std::uint32_t i = 0; i < 3; ++i) {
       const std::string name = "v" + std::to_string(i);
       engine.add_variant(name, house.write_variant(name, i).string());
