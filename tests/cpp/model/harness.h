@@ -9,9 +9,11 @@
 #include <optional>
 #include <random>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "backend/device_memory.h"
 #include "deltazip/backend/backend.h"
 #include "deltazip/model/model.h"
 
@@ -21,6 +23,7 @@ namespace deltazip::test {
 class Harness {
  public:
   struct Options {
+    std::string device = "cpu";
     BackendOptions backend;
     std::int32_t max_batch_tokens = 64, num_blocks = 64, block_size = 4;
     DType kv_dtype = DType::kFloat32;
@@ -35,7 +38,7 @@ class Harness {
   };
 
   Harness(const std::filesystem::path& folder, const Options& options)
-      : Harness(folder, options, make_backend("cpu", options.backend)) {}
+      : Harness(folder, options, make_backend(options.device, options.backend)) {}
   Harness(const std::filesystem::path& folder, const Options& options,
           std::unique_ptr<Backend> backend)
       : backend_(std::move(backend)),
@@ -74,7 +77,11 @@ class Harness {
     stream_->synchronize();
     const auto vocab = static_cast<std::size_t>(model_.config().vocab_size);
     std::vector<std::vector<float>> out;
-    const auto* from = static_cast<const float*>(logits.data);
+    std::vector<std::byte> bytes(logits.num_bytes());
+    backend_->copy_to_host(bytes.data(), logits.data, bytes.size(), *stream_);
+    stream_->synchronize();
+    const std::vector<float> all = testing::to_floats(bytes, logits.dtype);
+    const float* from = all.data();
     for (const std::size_t rows : rows_of_chunk) {
       out.emplace_back(from, from + rows * vocab);
       from += rows * vocab;

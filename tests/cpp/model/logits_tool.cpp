@@ -1,6 +1,6 @@
 // Runs token lists through a model folder and writes raw logits, for comparisons from Python.
 //   deltazip_logits MODEL --tokens FILE --out FILE [--delta PATH] [--argmax] [--chunk N]
-//                   [--threads N] [--kv-dtype NAME]
+//                   [--threads N] [--kv-dtype NAME] [--device NAME [--dtype NAME]]
 //   deltazip_logits MODEL --tokens FILE --out FILE --generate STEPS [--delta PATH] [...]
 //   deltazip_logits MODEL --decode STEPS [--context N] [--delta PATH] [--threads N]
 // FILE has one sequence a line, ids apart by blanks. The output is, for every position of every
@@ -67,6 +67,12 @@ std::vector<Tokens> read_sequences(const std::string& path) {
     if (!tokens.empty()) out.push_back(std::move(tokens));
   }
   return out;
+}
+
+DType dtype_named(const std::string& text) {
+  const std::optional<DType> known = dtype_from_name(text);
+  DZ_CHECK(known.has_value(), "unknown dtype '", text, "'");
+  return *known;
 }
 
 std::int32_t argmax(const float* row, std::size_t size) {
@@ -180,10 +186,11 @@ int run(int argc, char** argv) {
   options.max_batch_tokens = 256;
   options.block_size = 16;
   options.num_blocks = 512;
-  const std::string kv_dtype = arguments.text("--kv-dtype", "float32");
-  const std::optional<DType> known = dtype_from_name(kv_dtype);
-  DZ_CHECK(known.has_value(), "unknown dtype '", kv_dtype, "'");
-  options.kv_dtype = *known;
+  options.device = arguments.text("--device", "cpu");
+  const std::string dtype = arguments.text("--dtype", "bfloat16");
+  options.backend.compute_dtype = dtype_named(dtype);
+  const char* kv_default = options.device == "cpu" ? "float32" : dtype.c_str();
+  options.kv_dtype = dtype_named(arguments.text("--kv-dtype", kv_default));
   Harness harness(arguments.model, options);
 
   std::optional<Variant> variant;

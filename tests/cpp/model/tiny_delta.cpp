@@ -150,6 +150,13 @@ DeviceDelta TinyDelta::on(const Backend& backend, Backend& allocator,
   DeviceDelta out;
   out.host = host;
   out.base = bytes;
+  if (!allocator.shares_host_memory()) {
+    out.bytes = allocator.allocate(end);
+    const auto stream = allocator.create_stream();
+    allocator.copy_to_device(out.bytes.data(), bytes, end, *stream);
+    stream->synchronize();
+    out.base = static_cast<const std::byte*>(out.bytes.data());
+  }
   return out;
 }
 
@@ -161,6 +168,29 @@ TinyModel TinyDelta::merged(const TinyModel& base) const {
     for (std::size_t i = 0; i < values.size(); ++i) values[i] += matrix.dense[i];
   }
   for (const auto& [name, values] : replaced) out.tensors.at(name).values = values;
+  return out;
+}
+
+TinyDelta change_everything(const TinyModel& model, std::uint32_t seed) {
+  std::mt19937 random(seed);
+  TinyDelta out;
+  int next = 0;
+  for (const auto& [name, tensor] : model.tensors) {
+    if (tensor.shape.rank() == 2) {
+      const auto type = static_cast<DeltaType>(next++ % 5);
+      const float size = type == DeltaType::kDenseInt8         ? 0.002F
+                         : type == DeltaType::kSparse24Int4    ? 0.03F
+                         : type == DeltaType::kSparse24Int2    ? 0.08F
+                         : type == DeltaType::kSparse24Ternary ? 0.2F
+                                                               : 0.02F;
+      out.matrices.emplace(name, make_tiny_delta_matrix(type, tensor.shape[0], tensor.shape[1],
+                                                        size, draw(random, 1000)));
+    } else {
+      std::vector<float> values = tensor.values;
+      for (float& value : values) value += 0.01F * static_cast<float>(draw(random, 41)) - 0.2F;
+      out.replaced.emplace(name, std::move(values));
+    }
+  }
   return out;
 }
 

@@ -34,4 +34,7 @@ struct TinyDelta {
   TinyModel merged(const TinyModel& base) const;
 };
 
+// Changes every tensor, each matrix by another type, about a third of the base's size.
+TinyDelta change_everything(const TinyModel& model, std::uint32_t seed);
+
 }  // namespace deltazip::test

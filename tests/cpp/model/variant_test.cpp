@@ -18,30 +18,6 @@ namespace {
 using namespace test;
 using Tokens = std::vector<std::int32_t>;
 
-// Changes every tensor, each matrix by another type, about a third of the base's size.
-TinyDelta change_everything(const TinyModel& model, std::uint32_t seed) {
-  std::mt19937 random(seed);
-  TinyDelta out;
-  int next = 0;
-  for (const auto& [name, tensor] : model.tensors) {
-    if (tensor.shape.rank() == 2) {
-      const auto type = static_cast<DeltaType>(next++ % 5);
-      const float size = type == DeltaType::kDenseInt8         ? 0.002F
-                         : type == DeltaType::kSparse24Int4    ? 0.03F
-                         : type == DeltaType::kSparse24Int2    ? 0.08F
-                         : type == DeltaType::kSparse24Ternary ? 0.2F
-                                                               : 0.02F;
-      out.matrices.emplace(name, make_tiny_delta_matrix(type, tensor.shape[0], tensor.shape[1],
-                                                        size, draw(random, 1000)));
-    } else {
-      std::vector<float> values = tensor.values;
-      for (float& value : values) value += 0.01F * static_cast<float>(draw(random, 41)) - 0.2F;
-      out.replaced.emplace(name, std::move(values));
-    }
-  }
-  return out;
-}
-
 struct Served {
   TinyModel model;
   TemporaryFolder folder;
