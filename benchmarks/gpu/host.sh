@@ -35,7 +35,7 @@ install_wheels() {
 
 # What has cases for a GPU; with GPU_CHECKS=1 also the programs that check single kernels.
 targets() {
-  echo _C deltazip_cuda deltazip-bench-ops backend_test engine_test
+  echo _C deltazip_cuda deltazip-bench-ops backend_test engine_test model_test
   if [[ ${GPU_CHECKS:-} ]]; then
     sed -n 's/^deltazip_cuda_check(\([a-z0-9_]*\).*/\1/p' tests/cpp/cuda/CMakeLists.txt
   fi

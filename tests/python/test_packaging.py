@@ -110,7 +110,9 @@ def test_the_cuda_library_needs_neither_driver_nor_toolkit_to_be_there(cuda_libr
 
 
 def test_the_cuda_library_exports_its_factory_alone(cuda_library: Path) -> None:
-    ours = [name for name in exported(cuda_library) if "deltazip" in name or "cublas" in name]
+    # Templates of std over our types are std's, which has them exported.
+    names = [name for name in exported(cuda_library) if not re.match(r"_ZNK?St", name)]
+    ours = [name for name in names if re.search("deltazip|cublas|cuda[A-Z]", name)]
     assert ours == ["deltazip_make_cuda_backend"]
 
 
