@@ -173,10 +173,6 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log,
   config = plan.config;
   num_blocks = plan.num_blocks;
   capacity = std::move(plan.rows);
-  for (const CapacityRow& row : capacity) {
-    log(LogLevel::kInfo, detail::concat("capacity: ", row.what, ": ", row.bytes / (1 << 20), " MiB",
-                                        row.detail.empty() ? "" : ", ", row.detail));
-  }
 
   // Nothing large is read or allocated before it is known to fit.
   base_digest = checkpoint.weights_digest(pool);

@@ -114,7 +114,7 @@ def from_validation(error: ValidationError) -> ApiError:
     param = ".".join(parts) or None
     if problem["type"] == "missing":
         return invalid(f"{param}: this field is required", param, "missing_field")
-    if problem["type"] != "value_error":
+    if problem["type"] != "value_error" or ", got " not in message:
         got = repr(problem["input"])
         message += f", got {got if len(got) <= 80 else got[:80] + '...'}"
     return invalid(f"{param}: {message}" if param else message, param)

@@ -67,8 +67,10 @@ def add_routes(api: FastAPI, state: ServerState) -> None:
         is_gone = await state.registry.unload(state.engine, body.name, body.wait_s)
         return JSONResponse({"id": body.name, "status": "unloaded" if is_gone else "draining"})
 
-    api.add_api_route("/health", health, response_model=None)
-    api.add_api_route("/health/live", live, response_model=None)
+    for path, answer in (("/health", health), ("/health/live", live)):
+        api.add_api_route(path, answer, response_model=None)
+        # Some load balancers ask with HEAD.
+        api.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     api.add_api_route("/metrics", metrics, response_model=None)
     api.add_api_route("/v1/load_variant", load_variant, methods=["POST"], response_model=None)
     api.add_api_route("/v1/unload_variant", unload_variant, methods=["POST"], response_model=None)

@@ -84,17 +84,16 @@ def make_server(app: Application) -> DrainingServer:
     return DrainingServer(config, app)
 
 
-def _capacity_table(core: _C.Engine, names: Sequence[str]) -> Table:
+def _capacity_table(core: _C.Engine) -> Table:
     table = Table(title=f"Capacity on {core.device_description()}", title_justify="left")
     table.add_column("what")
     table.add_column("MiB", justify="right")
     table.add_column("detail", overflow="fold")
     for row in core.capacity():
         table.add_row(row.what, f"{row.bytes / (1 << 20):,.1f}", row.detail)
-    infos = core.variants()
-    for name, info in zip(names[1:], infos[1:], strict=False):
+    for info in core.variants()[1:]:
         detail = f"variant, {info.content_digest[:12]}, {info.state}"
-        table.add_row(name, f"{info.device_bytes / (1 << 20):,.1f}", detail)
+        table.add_row(info.name, f"{info.device_bytes / (1 << 20):,.1f}", detail)
     return table
 
 
@@ -123,7 +122,7 @@ def serve(settings: Settings) -> None:
         raise SystemExit(1) from None
     app = create_app(core, loaded, settings)
     console = Console(stderr=True)
-    console.print(_capacity_table(core, [variant.name for variant in loaded]))
+    console.print(_capacity_table(core))
     console.print(f"loaded in {time.monotonic() - started:.1f} s", highlight=False)
     server = make_server(app)
     server.run()

@@ -109,6 +109,7 @@ def test_too_many_requests_are_refused(fake: FakeEngine, tiny_base: Path) -> Non
         assert refused.json()["error"]["type"] == "rate_limit_error"
         # Health and metrics must work just then.
         assert live.client.get("/health").status_code == 200
+        assert live.client.head("/health").status_code == 200
         assert live.client.get("/metrics").status_code == 200
         for thread in threads:
             thread.join()

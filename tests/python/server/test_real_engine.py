@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 from deltazip import _C
+from deltazip.server.run import _capacity_table
 from deltazip.tokenizer import Tokenizer
 from serving_support import tiny
 from serving_support.live import Live, run_server, wait_until
@@ -60,6 +61,15 @@ def greedy(client: openai.OpenAI, model: str, prompt: Any, count: int = 12, **mo
         model=model, prompt=prompt, temperature=0, max_tokens=count, **more
     )
     return answer.choices[0].text
+
+
+def test_the_capacity_table_names_each_variant(served: Live) -> None:
+    core = served.app.state.core
+    what, _, detail = (list(column.cells) for column in _capacity_table(core).columns)
+    details = dict(zip(what, detail, strict=True))
+    for info in core.variants()[1:]:
+        assert info.content_digest[:12] in details[info.name]
+    assert {"base weights", "KV cache", *NAMES[1:]} <= set(what)
 
 
 def test_variants_answer_differently_and_together(client: openai.OpenAI) -> None:
