@@ -1,5 +1,7 @@
 #include "backend/cuda/base_product.h"
 
+#include <algorithm>
+
 #include "backend/cuda/cuda_check.h"
 #include "backend/cuda/measure.h"
 
@@ -9,23 +11,24 @@ namespace {
 // Out features that counters are kept for; a larger head goes to cuBLASLt.
 constexpr std::int64_t kMaxOutFeatures = std::int64_t{1} << 20;
 
-// Alone, a streamed product does not show what it gains in a step, where its weights are fetched
-// while the kernel before it ends.
-constexpr float kStreamBonus = 1.1F;
-constexpr int kRepetitions = 5;
+// Between close ones, the product whose bits do not depend on the batch.
+constexpr float kStreamBonus = 1.02F;
+constexpr int kRepetitions = 4;
+
+// A chain to be measured: its weights are more than L2 holds.
+constexpr std::size_t kChainBytes = std::size_t{128} << 20;
+constexpr std::size_t kMinChain = 8, kMaxChain = 32;
 
 std::int64_t bucket(std::int64_t num_tokens) {
-  for (const std::int64_t tokens : {8, 16, 32, 64, 96}) {
-    if (num_tokens <= tokens) return tokens;
-  }
-  return base_gemm::kMaxTokens;
+  return num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : base_gemm::kMaxTokens;
 }
 
 }  // namespace
 
-BaseProduct::BaseProduct(int num_sms, int compute_capability)
+BaseProduct::BaseProduct(int num_sms, int compute_capability, std::span<const std::byte> spare)
     : num_sms_(num_sms),
       compute_capability_(compute_capability),
+      spare_(spare),
       partials_(stream_gemm_partials_bytes(num_sms)),
       counters_(stream_gemm_counters_bytes(kMaxOutFeatures)) {
   DZ_CUDA(cudaMemset(counters_.data(), 0, counters_.num_bytes()));
@@ -51,6 +54,23 @@ bool BaseProduct::streams(const LtProduct& product) const {
          product.out_features <= kMaxOutFeatures && stream_gemm_takes(stream_params(product));
 }
 
+template <typename F>
+float BaseProduct::chain_ms(const LtProduct& product, F&& launch, cudaStream_t stream) const {
+  const std::size_t pitch =
+      (static_cast<std::size_t>(product.in_features * product.out_features) * 2 + 255) / 256 * 256;
+  const std::size_t length = std::clamp(kChainBytes / pitch, kMinChain, kMaxChain);
+  const std::size_t places = spare_.size() / pitch;
+  const auto chain = [&] {
+    for (std::size_t i = 0; i < length; ++i) {
+      LtProduct p = product;
+      if (places > 1) p.weight = spare_.data() + i % places * pitch;
+      launch(p);
+    }
+  };
+  chain();
+  return least_ms(chain, kRepetitions, lt_.workspace(), lt_.workspace_bytes(), stream);
+}
+
 bool BaseProduct::prefers_stream(const LtProduct& product, bool may_measure, cudaStream_t stream) {
   const Key key{bucket(product.num_tokens), product.in_features, product.out_features,
                 product.y_dtype};
@@ -59,12 +79,10 @@ bool BaseProduct::prefers_stream(const LtProduct& product, bool may_measure, cud
   if (!may_measure) return true;
   bool prefers = true;
   if (lt_.run(product, LtChoice::kMeasure, stream)) {
-    const auto time = [&](auto&& launch) {
-      launch();
-      return least_ms(launch, kRepetitions, lt_.workspace(), lt_.workspace_bytes(), stream);
-    };
-    const float lt_ms = time([&] { lt_.run(product, LtChoice::kFirst, stream); });
-    const float stream_ms = time([&] { launch_stream_gemm(stream_params(product), stream); });
+    const float lt_ms = chain_ms(
+        product, [&](const LtProduct& p) { lt_.run(p, LtChoice::kFirst, stream); }, stream);
+    const float stream_ms = chain_ms(
+        product, [&](const LtProduct& p) { launch_stream_gemm(stream_params(p), stream); }, stream);
     prefers = stream_ms < kStreamBonus * lt_ms;
   }
   prefers_stream_.emplace(key, prefers);

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
 #include <tuple>
 
 #include "backend/cuda/cublaslt.h"
@@ -17,7 +18,8 @@ namespace deltazip::cuda {
 // plain kernel for what neither takes. Engine thread.
 class BaseProduct {
  public:
-  BaseProduct(int num_sms, int compute_capability);
+  // spare: memory for measuring on, whose content and other use do not matter.
+  BaseProduct(int num_sms, int compute_capability, std::span<const std::byte> spare);
 
   // may_measure: a shape that comes for the first time is tried in all ways, which waits for the
   // stream; else the first guess is taken and not remembered.
@@ -29,10 +31,15 @@ class BaseProduct {
   using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, DType>;
 
   bool streams(const LtProduct& product) const;  // whether stream_gemm may be asked
+  // Time of several products in a row, each launched dependently on the one before, as in a step;
+  // alone, a product does not show what it gains by reading weights while the last one ends.
+  template <typename F>
+  float chain_ms(const LtProduct& product, F&& launch, cudaStream_t stream) const;
   bool prefers_stream(const LtProduct& product, bool may_measure, cudaStream_t stream);
   StreamGemm stream_params(const LtProduct& product) const;
 
   int num_sms_, compute_capability_;
+  std::span<const std::byte> spare_;
   CublasLt lt_;
   DeviceMemory partials_, counters_;
   std::map<Key, bool> prefers_stream_;

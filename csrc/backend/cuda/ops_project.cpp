@@ -56,10 +56,11 @@ bool is_mergeable(const SbmmTask& task) {
 
 struct CudaOps::ProjectState {
   explicit ProjectState(const DeviceInfo& info)
-      : base(info.num_sms, info.compute_capability),
+      : merged(kMergeBytes),
+        base(info.num_sms, info.compute_capability,
+             {static_cast<const std::byte*>(merged.data()), merged.num_bytes()}),
         sbmm_scratch(kSbmmScratchFloats * sizeof(float)),
-        sbmm_counters(kSbmmCounters * sizeof(std::int32_t)),
-        merged(kMergeBytes) {
+        sbmm_counters(kSbmmCounters * sizeof(std::int32_t)) {
     DZ_CUDA(cudaMemset(sbmm_counters.data(), 0, sbmm_counters.num_bytes()));
     DZ_CUDA(cudaDeviceSynchronize());
   }
@@ -79,8 +80,9 @@ struct CudaOps::ProjectState {
   void multiply_merged(const LinearParams& rows, std::span<const SbmmTask> tasks,
                        cudaStream_t stream);
 
+  DeviceMemory merged;
   BaseProduct base;
-  DeviceMemory sbmm_scratch, sbmm_counters, merged;
+  DeviceMemory sbmm_scratch, sbmm_counters;
   SbmmPlan eager_plan;
   std::vector<std::unique_ptr<SbmmPlan>> plans;
   std::size_t num_plans = 0;

@@ -1,5 +1,5 @@
 // The base products on a GPU: against double sums on the host, then their speed.
-// gemm_check [check|time]: both without an argument. Exit status 1 when a check fails.
+// gemm_check [check|time|merge]: all without an argument. Exit status 1 when a check fails.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <string_view>
 #include <thread>
 
@@ -141,7 +142,7 @@ void compare(Tally& tally, const char* kernel, const Output& y, const std::vecto
   if (!y.guards_intact()) tally.fail("guard", kernel, shape, tokens, dtype, y.dtype);
 }
 
-constexpr base_gemm::Tile kTiles[] = {{128, 16, true}, {128, 32, true}, {64, 16, true}};
+constexpr base_gemm::Tile kTiles[] = {{64, 0}, {64, 8}, {32, 0}, {32, 8}};
 constexpr std::int64_t kTokens[] = {1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128};
 constexpr std::int64_t kMostTokens = 128;
 
@@ -158,9 +159,8 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
   const std::vector<double> expected =
       reference(numbers(x.get(), x_count, dtype), numbers(weight.get(), weight_count, dtype),
                 kMostTokens, shape);
-  const bool streams = shape.in % 8 == 0;
   for (const DType y_dtype : {dtype, DType::kFloat32}) {
-    std::vector<std::vector<std::uint8_t>> first(std::size(kTiles));
+    std::map<int, std::vector<std::uint8_t>> first;  // by rows of a tile
     for (const std::int64_t tokens : kTokens) {
       // Rows beyond `tokens` are NaN: nothing may read them.
       const Memory few_x(2 * static_cast<std::size_t>((tokens + 8) * shape.in));
@@ -170,26 +170,27 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
       const Output y(static_cast<std::size_t>(tokens * shape.out), y_dtype);
       StreamGemm params = stream_params(scratch, few_x.get(), weight.get(), y.data(), tokens, shape,
                                         dtype, y_dtype);
-      for (std::size_t i = 0; streams && i < std::size(kTiles); ++i) {
-        const char* kernel[] = {"stream 128/16", "stream 128/32", "stream 64/16"};
+      for (const base_gemm::Tile tile : kTiles) {
+        if (!stream_gemm_takes(params)) continue;
+        const char* kernel = tile.rows == 64 ? "stream 64" : "stream 32";
         y.poison();
-        launch_stream_gemm(params, kTiles[i], stream);
+        launch_stream_gemm(params, tile, stream);
         DZ_CUDA(cudaStreamSynchronize(stream));
-        compare(tally, kernel[i], y, expected, shape, tokens, dtype);
+        compare(tally, kernel, y, expected, shape, tokens, dtype);
         const std::vector<std::uint8_t> bytes = y.bytes();
         for (int repetition = 0; repetition < 3; ++repetition) {
-          launch_stream_gemm(params, kTiles[i], stream);
+          launch_stream_gemm(params, tile, stream);
         }
         DZ_CUDA(cudaStreamSynchronize(stream));
-        if (bytes != y.bytes()) tally.fail("repeat", kernel[i], shape, tokens, dtype, y_dtype);
-        // The first row's bits do not depend on how many rows come with it, nor on the warps.
-        std::vector<std::uint8_t>& before = first[kTiles[i].rows == 128 ? 0 : i];
+        if (bytes != y.bytes()) tally.fail("repeat", kernel, shape, tokens, dtype, y_dtype);
+        // The first row's bits do not depend on how many rows come with it.
+        std::vector<std::uint8_t>& before = first[tile.rows];
         const std::size_t row_bytes = static_cast<std::size_t>(shape.out) * size_of(y_dtype);
         std::vector<std::uint8_t> row(
             bytes.begin() + kGuardBytes,
             bytes.begin() + kGuardBytes + static_cast<std::ptrdiff_t>(row_bytes));
         if (before.empty()) before = row;
-        if (before != row) tally.fail("row bits", kernel[i], shape, tokens, dtype, y_dtype);
+        if (before != row) tally.fail("row bits", kernel, shape, tokens, dtype, y_dtype);
       }
       y.poison();
       const LtProduct product{few_x.get(), weight.get(), y.data(), tokens, shape.in,
@@ -256,7 +257,7 @@ void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, base
     const std::vector<float> got = numbers(x.get(), x_count * (kLength + 1), DType::kFloat16);
     if (std::memcmp(got.data(), expected.data(), 4 * got.size()) != 0) {
       tally.fail("chain", "stream", shape, tokens, DType::kFloat16, DType::kFloat16, tile.rows,
-                 tile.warp_rows);
+                 tile.prefetch_units);
     }
   }
   if (std::isnan(expected.back()))
@@ -284,13 +285,14 @@ int check_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
       check_shape(tally, scratch, lt, shape, dtype, stream);
     }
   }
-  for (const std::int64_t tokens : {1, 8, 32, 64, 128}) {
+  for (const std::int64_t tokens : {1, 8, 16, 32}) {
     for (const base_gemm::Tile tile : kTiles) check_chain(tally, scratch, tokens, tile, stream);
   }
   std::vector<std::uint32_t> counters(scratch.counters.num_bytes() / 4);
   DZ_CUDA(cudaMemcpy(counters.data(), scratch.counters.get(), scratch.counters.num_bytes(),
                      cudaMemcpyDeviceToHost));
-  if (std::any_of(counters.begin(), counters.end(), [](std::uint32_t c) { return c != 0; })) {
+  if (std::any_of(counters.begin() + base_gemm::kNumSignals, counters.end(),
+                  [](std::uint32_t c) { return c != 0; })) {
     ++tally.failures;
     std::printf("FAIL: counters are not zero after all\n");
   }
@@ -306,7 +308,7 @@ int check_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
 
 int main(int argc, char** argv) {
   using namespace deltazip::cuda;
-  const std::string_view what = argc > 1 ? argv[1] : "both";
+  const std::string_view what = argc > 1 ? argv[1] : "all";
   try {
     cudaDeviceProp device{};
     DZ_CUDA(cudaGetDeviceProperties(&device, 0));
@@ -317,8 +319,10 @@ int main(int argc, char** argv) {
                 lt.description().c_str());
     const check::Scratch scratch(device.multiProcessorCount);
     int failures = 0;
-    if (what != "time") failures = check::check_products(scratch, lt, stream);
-    if (what != "check") check::time_products(scratch, lt, stream);
+    const bool all = what == "all";
+    if (all || what == "check") failures = check::check_products(scratch, lt, stream);
+    if (all || what == "time") check::time_products(scratch, lt, stream);
+    if (all || what == "merge") check::time_merges(lt, scratch.num_sms, stream);
     return failures == 0 ? 0 : 1;
   } catch (const std::exception& error) {
     std::printf("gemm_check: %s\n", error.what());

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "backend/cuda/cublaslt.h"
@@ -72,5 +73,10 @@ void fill(void* data, std::size_t count, DType dtype, float rms, std::uint32_t s
 
 int check_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream);  // failures
 void time_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream);
+// From how many rows on a segment is worth a weight of its own.
+void time_merges(CublasLt& lt, int num_sms, cudaStream_t stream);
+
+// Median microseconds of a graph of what `body` launches.
+double graph_us(const std::function<void()>& body, cudaStream_t stream, int repetitions = 7);
 
 }  // namespace deltazip::cuda::check

@@ -1,10 +1,14 @@
 // Speed of the base products in CUDA graphs of dependent launches, weights rotating past L2.
 
+#include <cuda_fp16.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <string>
 
+#include "backend/cuda/kernels/device/launch.h"
+#include "backend/cuda/kernels/device/pdl.cuh"
 #include "cuda/gemm_check.h"
 
 namespace deltazip::cuda::check {
@@ -28,35 +32,6 @@ __global__ void __launch_bounds__(512)
     for (int j = 0; j < 8; ++j) all ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
   }
   if (all == 0x12345678) out[0] = all;
-}
-
-// Median microseconds of a graph of what `body` launches.
-double graph_us(const std::function<void()>& body, cudaStream_t stream, int repetitions = 7) {
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  DZ_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  body();
-  DZ_CUDA(cudaStreamEndCapture(stream, &graph));
-  DZ_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t begin = nullptr, end = nullptr;
-  DZ_CUDA(cudaEventCreate(&begin));
-  DZ_CUDA(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < repetitions + 2; ++i) {
-    DZ_CUDA(cudaEventRecord(begin, stream));
-    DZ_CUDA(cudaGraphLaunch(executable, stream));
-    DZ_CUDA(cudaEventRecord(end, stream));
-    DZ_CUDA(cudaEventSynchronize(end));
-    float ms = 0.0F;
-    DZ_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) times.push_back(ms);
-  }
-  DZ_CUDA(cudaEventDestroy(begin));
-  DZ_CUDA(cudaEventDestroy(end));
-  DZ_CUDA(cudaGraphExecDestroy(executable));
-  DZ_CUDA(cudaGraphDestroy(graph));
-  std::sort(times.begin(), times.end());
-  return 1e3 * static_cast<double>(times[times.size() / 2]);
 }
 
 struct Bench {
@@ -96,20 +71,15 @@ struct Bench {
   }
 };
 
+struct Variant {
+  const char* name;
+  base_gemm::Tile tile;
+  int ctas_per_sm = 1;
+};
+constexpr Variant kVariants[] = {{"64", {64, 0}},      {"64 +4", {64, 4}}, {"64 +8", {64, 8}},
+                                 {"64 +12", {64, 12}}, {"32", {32, 0}},    {"32 +8", {32, 8}}};
+
 void time_shapes(const Bench& bench, double peak_tbs) {
-  struct Variant {
-    const char* name;
-    base_gemm::Tile tile;
-    int ctas_per_sm;
-  };
-  constexpr Variant kVariants[] = {{"128/16", {128, 16}, 1},
-                                   {"128/32", {128, 32}, 1},
-                                   {"64/16", {64, 16}, 1},
-                                   {"128/16 l2=128", {128, 16, false}, 1},
-                                   {"128/16 next 0", {128, 16, true, 0}, 1},
-                                   {"128/16 next 4", {128, 16, true, 4}, 1},
-                                   {"128/16 next all", {128, 16, true, 1 << 20}, 1},
-                                   {"128/16 two a SM", {128, 16}, 2}};
   constexpr Shape kShapes[] = {
       {4096, 4096}, {4096, 12288}, {4096, 22016}, {11008, 4096}, {4096, 32000}};
   std::printf("\nus and TB/s of weights (share of %.2f), fp16, in graphs\n", peak_tbs);
@@ -118,7 +88,7 @@ void time_shapes(const Bench& bench, double peak_tbs) {
   std::printf("\n");
   for (const Shape shape : kShapes) {
     const double bytes = 2.0 * static_cast<double>(shape.in * shape.out);
-    for (const std::int64_t tokens : {1, 8, 16, 32, 64, 128}) {
+    for (const std::int64_t tokens : {1, 16, 32}) {
       bench.lt_once(0, shape, tokens, LtChoice::kMeasure);
       const double lt = bench.rotating_us(shape, [&](std::size_t offset) {
         bench.lt_once(offset, shape, tokens, LtChoice::kFirst);
@@ -138,49 +108,62 @@ void time_shapes(const Bench& bench, double peak_tbs) {
   }
 }
 
-// All products of a decode step of the Llama-2-7B shape, each on weights of its own: the floor of a
-// step by each way.
-void time_step(const Bench& bench, double peak_tbs) {
+// Stands for the row-wise kernels of a step: reads the product before, writes the next one's x.
+__global__ void row_kernel(const __half* y, __half* x, std::int64_t y_stride, std::int64_t x_stride,
+                           int count) {
+  griddep_launch();
+  griddep_wait();
+  const std::int64_t row = blockIdx.x;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    x[row * x_stride + i] = __float2half(0.25F * __half2float(y[row * y_stride + i]));
+  }
+}
+
+// All products of a decode step of the Llama-2-7B shape, each on weights of its own and dependent
+// on the one before, with a row-wise kernel between: the floor of a step by each way.
+void time_step(const Bench& bench, double peak_tbs, bool with_rows) {
   constexpr Shape kLayer[] = {{4096, 12288}, {4096, 4096}, {4096, 22016}, {11008, 4096}};
   constexpr Shape kHead{4096, 32000};
   constexpr int kLayers = 32;
   std::size_t total = 2 * static_cast<std::size_t>(kHead.in * kHead.out);
   for (const Shape s : kLayer) total += 2 * kLayers * static_cast<std::size_t>(s.in * s.out);
-  std::printf("\nall products of a Llama-2-7B step, %.2f GB, ms (TB/s)\n",
-              static_cast<double>(total) / 1e9);
+  std::printf("\nall products of a Llama-2-7B step%s, %.2f GB, ms (TB/s)\n",
+              with_rows ? ", row-wise kernels between" : "", static_cast<double>(total) / 1e9);
   if (total > bench.weights.num_bytes()) return;
   for (const std::int64_t tokens : {1, 8, 16, 32, 64, 128}) {
-    const auto step = [&](const auto& once) {
-      std::size_t offset = 0;
-      const auto next = [&](Shape shape, DType y_dtype) {
-        once(offset, shape, y_dtype);
-        offset += 2 * static_cast<std::size_t>(shape.in * shape.out);
+    const auto step_us = [&](const auto& once) {
+      const auto body = [&] {
+        std::size_t offset = 0;
+        const auto next = [&](Shape shape, std::int64_t next_in, DType y_dtype) {
+          once(offset, shape, y_dtype);
+          offset += 2 * static_cast<std::size_t>(shape.in * shape.out);
+          if (!with_rows || next_in == 0) return;
+          launch(row_kernel, {static_cast<unsigned>(tokens), 512}, bench.stream,
+                 bench.y.get<const __half>(), bench.x.get<__half>(), shape.out, next_in,
+                 static_cast<int>(std::min(shape.out, next_in)));
+        };
+        for (int layer = 0; layer < kLayers; ++layer) {
+          for (const Shape shape : kLayer) {
+            next(shape, shape.out == 22016 ? 11008 : 4096, DType::kFloat16);
+          }
+        }
+        next(kHead, 0, DType::kFloat32);
       };
-      for (int layer = 0; layer < kLayers; ++layer) {
-        for (const Shape shape : kLayer) next(shape, DType::kFloat16);
-      }
-      next(kHead, DType::kFloat32);
+      return graph_us(body, bench.stream);
     };
     for (const Shape shape : kLayer) bench.lt_once(0, shape, tokens, LtChoice::kMeasure);
     bench.lt_once(0, kHead, tokens, LtChoice::kMeasure, DType::kFloat32);
-    const double lt = graph_us(
-        [&] {
-          step([&](std::size_t offset, Shape shape, DType y_dtype) {
-            bench.lt_once(offset, shape, tokens, LtChoice::kFirst, y_dtype);
-          });
-        },
-        bench.stream);
+    const double lt = step_us([&](std::size_t offset, Shape shape, DType y_dtype) {
+      bench.lt_once(offset, shape, tokens, LtChoice::kFirst, y_dtype);
+    });
     std::printf("M %4lld cuBLASLt %6.3f (%.2f)", static_cast<long long>(tokens), lt / 1e3,
                 static_cast<double>(total) / lt / 1e6);
-    for (const base_gemm::Tile tile : {base_gemm::Tile{128, 16}, {128, 32}, {64, 16}}) {
-      const double us = graph_us(
-          [&] {
-            step([&](std::size_t offset, Shape shape, DType y_dtype) {
-              bench.stream_once(offset, shape, tokens, tile, 1, y_dtype);
-            });
-          },
-          bench.stream);
-      std::printf("  stream %d/%d %6.3f (%.2f, %3.0f %%)", tile.rows, tile.warp_rows, us / 1e3,
+    for (const Variant& v : kVariants) {
+      if (tokens > base_gemm::kMaxTokens) continue;
+      const double us = step_us([&](std::size_t offset, Shape shape, DType y_dtype) {
+        bench.stream_once(offset, shape, tokens, v.tile, v.ctas_per_sm, y_dtype);
+      });
+      std::printf(" | %s %6.3f (%.2f, %.0f %%)", v.name, us / 1e3,
                   static_cast<double>(total) / us / 1e6,
                   100 * static_cast<double>(total) / us / 1e6 / peak_tbs);
     }
@@ -212,6 +195,34 @@ void time_prefill(const Bench& bench) {
 
 }  // namespace
 
+double graph_us(const std::function<void()>& body, cudaStream_t stream, int repetitions) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  DZ_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  body();
+  DZ_CUDA(cudaStreamEndCapture(stream, &graph));
+  DZ_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t begin = nullptr, end = nullptr;
+  DZ_CUDA(cudaEventCreate(&begin));
+  DZ_CUDA(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < repetitions + 2; ++i) {
+    DZ_CUDA(cudaEventRecord(begin, stream));
+    DZ_CUDA(cudaGraphLaunch(executable, stream));
+    DZ_CUDA(cudaEventRecord(end, stream));
+    DZ_CUDA(cudaEventSynchronize(end));
+    float ms = 0.0F;
+    DZ_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 2) times.push_back(ms);
+  }
+  DZ_CUDA(cudaEventDestroy(begin));
+  DZ_CUDA(cudaEventDestroy(end));
+  DZ_CUDA(cudaGraphExecDestroy(executable));
+  DZ_CUDA(cudaGraphDestroy(graph));
+  std::sort(times.begin(), times.end());
+  return 1e3 * static_cast<double>(times[times.size() / 2]);
+}
+
 void time_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
   const Memory weights(std::size_t{13500} << 20);
   const Memory x(2 * std::size_t{16384} * 11008), y(4 * std::size_t{16384} * 22016);
@@ -233,7 +244,8 @@ void time_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
   const Bench bench{scratch, lt, stream, weights, x, y};
   time_prefill(bench);
   time_shapes(bench, peak);
-  time_step(bench, peak);
+  time_step(bench, peak, false);
+  time_step(bench, peak, true);
 }
 
 }  // namespace deltazip::cuda::check

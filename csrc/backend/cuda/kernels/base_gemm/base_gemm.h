@@ -16,7 +16,7 @@ struct StreamGemm {
   const void* weight;       // [out_features, in_features], 16-byte aligned
   void* y;                  // [num_tokens, out_features]
   float* partials;          // scratch, stream_gemm_partials_bytes
-  std::uint32_t* counters;  // scratch, stream_gemm_counters_bytes, zero at first, left zero
+  std::uint32_t* counters;  // scratch, stream_gemm_counters_bytes, zero at first, not to be written
   std::int64_t num_tokens, in_features, out_features;
   DType dtype;    // of x and weight: kFloat16 or kBFloat16
   DType y_dtype;  // dtype, or kFloat32

@@ -18,21 +18,22 @@ inline constexpr int kRingBytes = 102 * 1024;
 // A share smaller than this costs more to add up than it saves to read.
 inline constexpr int kMinUnitsPerCta = 4;
 
-inline constexpr int kMaxTokens = 128;
+// Beyond, a product is not its weights' bytes alone and cuBLASLt wins.
+inline constexpr int kMaxTokens = 32;
 
-// Out rows of one block and of one warp. All tiles have stages of kStageWeightBytes.
+// Out rows of a warp, and of its counter.
+inline constexpr int kWarpRows = 16;
+
+// Words before the counters: one counts drained CTAs, on a cache line of its own.
+inline constexpr int kNumSignals = 32;
+
 struct Tile {
-  int rows = 128;
-  int warp_rows = 16;
-  bool fetches_256 = true;  // L2 takes 256 bytes of a row where 128 are asked for
-  // The next kernel may begin when this many units are not yet asked for. Too early, its first ring
-  // is fetched long before it is needed and memory idles while shared blocks are added up.
-  int launch_units = 1;
+  // Out rows of one block. The fewer, the more of a row's bytes follow each other in a stage and
+  // the less is shared; the more often x is fetched, too.
+  int rows = 64;
+  // Units beyond the first ring that go to L2 while the products before this one drain.
+  int prefetch_units = 0;
 };
-
-// B fragments are read once per warp: from 64 tokens on, wider warps halve that traffic, which
-// is then the larger part of what shared memory carries.
-constexpr Tile default_tile(int num_tokens) { return {128, num_tokens > 32 ? 32 : 16}; }
 
 // Units of work: one stage of one block each, k fastest.
 struct Schedule {

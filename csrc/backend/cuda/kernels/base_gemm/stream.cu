@@ -13,6 +13,8 @@ namespace {
 
 using namespace base_gemm;
 
+constexpr int kMostRows = 64;  // of a block
+
 // The driver's own function, asked for at run time: nothing links libcuda.
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   void* function = nullptr;
@@ -26,7 +28,7 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 
 // Boxes of [box_rows, 64] of a row-major matrix; what a box has outside of it reads as zero.
 CUtensorMap matrix_map(const void* data, std::int64_t rows, std::int64_t columns, int box_rows,
-                       DType dtype, bool fetches_256) {
+                       DType dtype) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(columns) * 2};
@@ -37,35 +39,32 @@ CUtensorMap matrix_map(const void* data, std::int64_t rows, std::int64_t columns
       &map,
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       2, const_cast<void*>(data), size, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B,
-      fetches_256 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   DZ_INTERNAL(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refuses a matrix [", rows, ", ",
               columns, "] at ", data, ": error ", static_cast<int>(result));
   return map;
 }
 
-template <typename T, int kTokens, int kRows, int kWarpRows>
+template <typename T, int kTokens, int kRows>
 void launch_shape(const StreamGemm& params, Tile tile, cudaStream_t stream) {
-  using Shape = StreamShape<kTokens, kRows, kWarpRows>;
+  using Shape = StreamShape<kTokens, kRows>;
   const auto kernel = stream_gemm<T, Shape>;
   allow_shared_memory(kernel, Shape::kSmemBytes);
   const Schedule schedule =
-      make_schedule(params.out_features, params.in_features, params.num_sms, {kRows, kWarpRows});
+      make_schedule(params.out_features, params.in_features, params.num_sms, {kRows});
   const StreamArgs args{params.y,
                         reinterpret_cast<float4*>(params.partials),
+                        params.counters + kNumSignals,
                         params.counters,
                         schedule,
                         static_cast<std::int32_t>(params.num_tokens),
                         static_cast<std::int32_t>(params.out_features),
-                        static_cast<std::uint32_t>(tile.launch_units),
+                        static_cast<std::uint32_t>(tile.prefetch_units),
                         params.y_dtype == DType::kFloat32};
   launch(kernel, {schedule.num_ctas, Shape::kThreads, Shape::kSmemBytes}, stream,
-         matrix_map(params.weight, params.out_features, params.in_features, kRows, params.dtype,
-                    tile.fetches_256),
-         matrix_map(params.x, params.num_tokens, params.in_features, kTokens, params.dtype,
-                    tile.fetches_256),
-         args);
+         matrix_map(params.weight, params.out_features, params.in_features, kRows, params.dtype),
+         matrix_map(params.x, params.num_tokens, params.in_features, kTokens, params.dtype), args);
 }
 
 // Calls f with the smallest of the instantiated token counts that holds num_tokens.
@@ -73,9 +72,7 @@ template <typename F>
 void with_tokens(std::int64_t num_tokens, F&& f) {
   if (num_tokens <= 8) return f.template operator()<8>();
   if (num_tokens <= 16) return f.template operator()<16>();
-  if (num_tokens <= 32) return f.template operator()<32>();
-  if (num_tokens <= 64) return f.template operator()<64>();
-  return f.template operator()<128>();
+  return f.template operator()<32>();
 }
 
 }  // namespace
@@ -86,42 +83,37 @@ bool stream_gemm_takes(const StreamGemm& params) {
       make_schedule(params.out_features, params.in_features, params.num_sms, {});
   return params.num_tokens >= 1 && params.num_tokens <= kMaxTokens && params.in_features % 8 == 0 &&
          is_aligned(params.x) && is_aligned(params.weight) &&
-         std::int64_t{schedule.units_per_block} * ((params.out_features + 127) / 128) < (1 << 26);
+         std::int64_t{schedule.num_units} < (1 << 26);
 }
 
 std::size_t stream_gemm_partials_bytes(int num_sms) {
-  return std::size_t{2} * static_cast<std::size_t>(num_sms) * Tile{}.rows * kMaxTokens *
+  return std::size_t{2} * static_cast<std::size_t>(num_sms) * kMostRows * kMaxTokens *
          sizeof(float);
 }
 
 std::size_t stream_gemm_counters_bytes(std::int64_t out_features) {
-  return static_cast<std::size_t>((out_features + 63) / 64) * sizeof(std::uint32_t);
+  const std::int64_t rows = (out_features + kMostRows - 1) / kMostRows * kMostRows;
+  return static_cast<std::size_t>(kNumSignals + rows / kWarpRows) * sizeof(std::uint32_t);
 }
 
 void launch_stream_gemm(const StreamGemm& params, cudaStream_t stream) {
-  launch_stream_gemm(params, default_tile(static_cast<int>(params.num_tokens)), stream);
+  launch_stream_gemm(params, Tile{}, stream);
 }
 
 void launch_stream_gemm(const StreamGemm& params, Tile tile, cudaStream_t stream) {
   DZ_INTERNAL(stream_gemm_takes(params), "stream_gemm: [", params.num_tokens, ", ",
               params.in_features, "] x [", params.out_features, ", ", params.in_features,
               "] is not for it");
-  const auto with_tile = [&]<int kRows, int kWarpRows>() {
+  const auto with_rows = [&]<int kRows>() {
     with_tokens(params.num_tokens, [&]<int kTokens>() {
       if (params.dtype == DType::kFloat16) {
-        launch_shape<__half, kTokens, kRows, kWarpRows>(params, tile, stream);
+        launch_shape<__half, kTokens, kRows>(params, tile, stream);
       } else {
-        launch_shape<__nv_bfloat16, kTokens, kRows, kWarpRows>(params, tile, stream);
+        launch_shape<__nv_bfloat16, kTokens, kRows>(params, tile, stream);
       }
     });
   };
-  if (tile.rows == 64) {
-    with_tile.template operator()<64, 16>();
-  } else if (tile.warp_rows == 32) {
-    with_tile.template operator()<128, 32>();
-  } else {
-    with_tile.template operator()<128, 16>();
-  }
+  tile.rows == 32 ? with_rows.operator()<32>() : with_rows.operator()<64>();
 }
 
 }  // namespace deltazip::cuda

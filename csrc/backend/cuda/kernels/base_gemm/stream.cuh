@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "backend/cuda/kernels/base_gemm/config.h"
+#include "backend/cuda/kernels/device/atomics.cuh"
 #include "backend/cuda/kernels/device/bulk_copy.cuh"
 #include "backend/cuda/kernels/device/ldmatrix.cuh"
 #include "backend/cuda/kernels/device/mbarrier.cuh"
@@ -19,23 +20,23 @@ namespace deltazip::cuda::base_gemm {
 struct StreamArgs {
   void* y;                  // [num_tokens, out_features]
   float4* partials;         // [2 * num_ctas][fragments of a block][consumers]
-  std::uint32_t* counters;  // [blocks], zero between launches
+  std::uint32_t* counters;  // [warps of all blocks], zero between launches
+  std::uint32_t* drained;   // how many CTAs of all launches have asked for their last unit
   Schedule schedule;
   std::int32_t num_tokens, out_features;
-  std::uint32_t launch_units;
+  std::uint32_t prefetch_units;
   bool is_float32;  // y
 };
 
 // One stage: kBoxes boxes [kRows, 64] of weights, then as many [kTokens, 64] of x.
-template <int kTokens_, int kRows_, int kWarpRows_>
+template <int kTokens_, int kRows_>
 struct StreamShape {
-  static constexpr int kTokens = kTokens_, kRows = kRows_, kWarpRows = kWarpRows_;
+  static constexpr int kTokens = kTokens_, kRows = kRows_;
   static constexpr int kBoxes = kStageWeightBytes / (kRows * kBoxRowBytes);
   static constexpr int kWarps = kRows / kWarpRows;
   static constexpr int kConsumers = 32 * kWarps;
-  static constexpr int kThreads = kConsumers + 32;
-  static constexpr int kTokenTiles = kTokens / 8, kRowTiles = kWarpRows / 16;
-  static constexpr int kFragments = kTokenTiles * kRowTiles;
+  static constexpr int kThreads = kConsumers + 64;  // a producer, a prefetcher
+  static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kXBoxBytes = kTokens * kBoxRowBytes;
   static constexpr int kStageBytes = kStageWeightBytes + kBoxes * kXBoxBytes;
   static constexpr int kStages = kRingBytes / kStageBytes;
@@ -49,26 +50,31 @@ __device__ __forceinline__ std::uint32_t swizzled(std::uint32_t row, std::uint32
   return row * kBoxRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
+// Where a unit's boxes begin.
+template <typename Shape>
+__device__ __forceinline__ int box_column(const Schedule& schedule, std::uint32_t unit, int box) {
+  return (static_cast<int>(unit % schedule.units_per_block) * Shape::kBoxes + box) * kBoxColumns;
+}
+template <typename Shape>
+__device__ __forceinline__ int box_row(const Schedule& schedule, std::uint32_t unit) {
+  return static_cast<int>(unit / schedule.units_per_block) * Shape::kRows;
+}
+
 template <typename Shape>
 __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUtensorMap* x_map,
                                         const StreamArgs& args, std::uint32_t ring,
                                         std::uint32_t full, std::uint32_t empty,
-                                        std::uint32_t first, std::uint32_t last) {
+                                        std::uint32_t first, std::uint32_t last,
+                                        volatile bool* may_read) {
   const Schedule& schedule = args.schedule;
-  const std::uint32_t launch_at = last - min(args.launch_units, last - first);
   const std::uint64_t once = policy_evict_first(), often = policy_evict_last();
-  const auto column = [&](std::uint32_t unit, int box) {
-    return static_cast<int>(unit % schedule.units_per_block) * Shape::kBoxes * kBoxColumns +
-           box * kBoxColumns;
-  };
   const auto fetch_weights = [&](std::uint32_t unit, std::uint32_t stage) {
-    if (unit == launch_at) griddep_launch();
     const std::uint32_t to = ring + stage * Shape::kStageBytes;
     mbarrier_arrive_expect_tx(full + 8 * stage, Shape::kStageBytes);
-    const int row = static_cast<int>(unit / schedule.units_per_block) * Shape::kRows;
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box) {
-      tensor_copy_2d(to + box * Shape::kRows * kBoxRowBytes, weight_map, column(unit, box), row,
+      tensor_copy_2d(to + box * Shape::kRows * kBoxRowBytes, weight_map,
+                     box_column<Shape>(schedule, unit, box), box_row<Shape>(schedule, unit),
                      full + 8 * stage, once);
     }
   };
@@ -76,15 +82,16 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
     const std::uint32_t to = ring + stage * Shape::kStageBytes + kStageWeightBytes;
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box) {
-      tensor_copy_2d(to + box * Shape::kXBoxBytes, x_map, column(unit, box), 0, full + 8 * stage,
-                     often);
+      tensor_copy_2d(to + box * Shape::kXBoxBytes, x_map, box_column<Shape>(schedule, unit, box), 0,
+                     full + 8 * stage, often);
     }
   };
 
-  // Weights do not depend on the kernel before: the first ring of them is fetched while it ends.
+  // Weights do not depend on the kernel before: the first ring of them is fetched while it runs.
   const std::uint32_t early = min(last - first, static_cast<std::uint32_t>(Shape::kStages));
   for (std::uint32_t i = 0; i < early; ++i) fetch_weights(first + i, i);
   griddep_wait();
+  *may_read = true;
   for (std::uint32_t i = 0; i < early; ++i) fetch_x(first + i, i);
 
   std::uint32_t stage = 0, parity = 0;
@@ -97,26 +104,47 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
       parity ^= 1;
     }
   }
-  if (launch_at == last) griddep_launch();
+  atomicAdd(args.drained, 1U);
+}
+
+// Between the last bytes of one product and the second ring of the next, memory would idle for
+// microseconds: the next one's units go to L2 when half the CTAs now reading have nothing more to
+// ask for. A guess at the right time, no synchronisation: whatever is read here, results stay.
+template <typename Shape>
+__device__ __forceinline__ void prefetch(const CUtensorMap* weight_map, const StreamArgs& args,
+                                         std::uint32_t first, std::uint32_t last,
+                                         const volatile bool* may_read) {
+  constexpr unsigned kPollNanoseconds = 300;
+  if (args.prefetch_units == 0 || last - first <= Shape::kStages) return;
+  const volatile std::uint32_t* drained = args.drained;
+  const std::uint32_t target = *drained + gridDim.x / 2;
+  while (static_cast<std::int32_t>(*drained - target) < 0 && !*may_read) {
+    __nanosleep(kPollNanoseconds);
+  }
+  const std::uint32_t begin = first + Shape::kStages;
+  const std::uint32_t end = min(last, begin + args.prefetch_units);
+  for (std::uint32_t unit = begin; unit < end; ++unit) {
+#pragma unroll
+    for (int box = 0; box < Shape::kBoxes; ++box) {
+      tensor_prefetch_2d(weight_map, box_column<Shape>(args.schedule, unit, box),
+                         box_row<Shape>(args.schedule, unit));
+    }
+  }
 }
 
 // One stage's products, added to this warp's sums.
 template <typename T, typename Shape>
-__device__ __forceinline__ void multiply_stage(
-    float (&sums)[Shape::kRowTiles][Shape::kTokenTiles][4], std::uint32_t stage,
-    std::uint32_t warp) {
+__device__ __forceinline__ void multiply_stage(float (&sums)[Shape::kTokenTiles][4],
+                                               std::uint32_t stage, std::uint32_t warp) {
   const std::uint32_t lane = threadIdx.x & 31;
   const std::uint32_t a_row = (lane & 15), a_chunk = lane >> 4;
 #pragma unroll
   for (int box = 0; box < Shape::kBoxes; ++box) {
     const std::uint32_t weights =
-        stage + box * Shape::kRows * kBoxRowBytes + warp * Shape::kWarpRows * kBoxRowBytes;
+        stage + box * Shape::kRows * kBoxRowBytes + warp * kWarpRows * kBoxRowBytes;
     const std::uint32_t x = stage + kStageWeightBytes + box * Shape::kXBoxBytes;
-    const auto load_a = [&](std::uint32_t (&a)[Shape::kRowTiles][4], int k16) {
-#pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
-        ldmatrix_x4(a[m], weights + swizzled(16 * m + a_row, 2 * k16 + a_chunk));
-      }
+    const auto load_a = [&](std::uint32_t (&a)[4], int k16) {
+      ldmatrix_x4(a, weights + swizzled(a_row, 2 * k16 + a_chunk));
     };
     if constexpr (Shape::kTokenTiles == 1) {
 #pragma unroll
@@ -125,29 +153,23 @@ __device__ __forceinline__ void multiply_stage(
         ldmatrix_x4(b, x + swizzled(lane & 7, 4 * k32 + (lane >> 3)));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          std::uint32_t a[Shape::kRowTiles][4];
+          std::uint32_t a[4];
           load_a(a, 2 * k32 + half);
-#pragma unroll
-          for (int m = 0; m < Shape::kRowTiles; ++m) {
-            mma_m16n8k16<T>(sums[m][0], a[m], b[2 * half], b[2 * half + 1]);
-          }
+          mma_m16n8k16<T>(sums[0], a, b[2 * half], b[2 * half + 1]);
         }
       }
     } else {
       const std::uint32_t b_row = (lane & 7) + ((lane >> 4) << 3), b_chunk = (lane >> 3) & 1;
 #pragma unroll
       for (int k16 = 0; k16 < 4; ++k16) {
-        std::uint32_t a[Shape::kRowTiles][4];
+        std::uint32_t a[4];
         load_a(a, k16);
 #pragma unroll
         for (int n = 0; n < Shape::kTokenTiles; n += 2) {
           std::uint32_t b[4];
           ldmatrix_x4(b, x + swizzled(8 * n + b_row, 2 * k16 + b_chunk));
-#pragma unroll
-          for (int m = 0; m < Shape::kRowTiles; ++m) {
-            mma_m16n8k16<T>(sums[m][n], a[m], b[0], b[1]);
-            mma_m16n8k16<T>(sums[m][n + 1], a[m], b[2], b[3]);
-          }
+          mma_m16n8k16<T>(sums[n], a, b[0], b[1]);
+          mma_m16n8k16<T>(sums[n + 1], a, b[2], b[3]);
         }
       }
     }
@@ -189,13 +211,14 @@ __device__ __forceinline__ void store_tile(const StreamArgs& args, const float (
   }
 }
 
-// Adds the parts of a block that several CTAs share. True in the CTA that comes last, which gets
-// the sum of all parts in the order of the CTAs, whoever is last.
+// Adds the parts of this warp's rows in a block that several CTAs share. True in the warp that
+// comes last, which gets the sum of all parts in the order of the CTAs, whoever is last. Warps do
+// not wait for each other: the whole way is what a launch ends with.
 template <typename Shape>
-__device__ __forceinline__ bool add_parts(float (&sums)[Shape::kRowTiles][Shape::kTokenTiles][4],
+__device__ __forceinline__ bool add_parts(float (&sums)[Shape::kTokenTiles][4],
                                           const StreamArgs& args, std::uint32_t block,
-                                          bool begins_block, std::uint32_t* arrived) {
-  constexpr int kPartSize = Shape::kFragments * Shape::kConsumers;
+                                          bool begins_block) {
+  constexpr int kPartSize = Shape::kTokenTiles * Shape::kConsumers;
   const Schedule& schedule = args.schedule;
   const std::uint32_t first_unit = block * schedule.units_per_block;
   const std::uint32_t first_cta = schedule.owner(first_unit);
@@ -207,48 +230,46 @@ __device__ __forceinline__ bool add_parts(float (&sums)[Shape::kRowTiles][Shape:
   };
   float4* mine = part(blockIdx.x, begins_block);
 #pragma unroll
-  for (int i = 0; i < Shape::kFragments; ++i) {
-    const float (&s)[4] = sums[i / Shape::kTokenTiles][i % Shape::kTokenTiles];
+  for (int i = 0; i < Shape::kTokenTiles; ++i) {
+    const float (&s)[4] = sums[i];
     __stcg(mine + i * Shape::kConsumers, make_float4(s[0], s[1], s[2], s[3]));
   }
-  __threadfence();
-  named_barrier_sync(1, Shape::kConsumers);
-  if (threadIdx.x == 0) {
-    *arrived = atomicAdd(args.counters + block, 1U);
-    if (*arrived == last_cta - first_cta) args.counters[block] = 0;
-    __threadfence();
+  __syncwarp();
+  std::uint32_t arrived = 0;
+  if ((threadIdx.x & 31) == 0) {
+    std::uint32_t* counter = args.counters + block * Shape::kWarps + (threadIdx.x >> 5);
+    arrived = add_acq_rel(counter, 1);
+    if (arrived == last_cta - first_cta) *counter = 0;
   }
-  named_barrier_sync(1, Shape::kConsumers);
-  if (*arrived != last_cta - first_cta) return false;
-  __threadfence();
+  arrived = __shfl_sync(0xFFFFFFFFU, arrived, 0);
+  if (arrived != last_cta - first_cta) return false;
 
 #pragma unroll
-  for (int i = 0; i < Shape::kFragments; ++i) {
+  for (int i = 0; i < Shape::kTokenTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums[i / Shape::kTokenTiles][i % Shape::kTokenTiles][j] = 0.0F;
+    for (int j = 0; j < 4; ++j) sums[i][j] = 0.0F;
   }
   // Several parts at once, or each would cost a whole trip to L2.
-  constexpr int kAtOnce = Shape::kFragments >= 8 ? 1 : 8 / Shape::kFragments;
+  constexpr int kAtOnce = 8 / Shape::kTokenTiles;
   for (std::uint32_t cta = first_cta; cta <= last_cta; cta += kAtOnce) {
-    float4 parts[kAtOnce][Shape::kFragments];
+    float4 parts[kAtOnce][Shape::kTokenTiles];
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) {
       const bool is_part = cta + p <= last_cta;
       const float4* from = part(is_part ? cta + p : cta, cta + p == first_cta);
 #pragma unroll
-      for (int i = 0; i < Shape::kFragments; ++i) {
+      for (int i = 0; i < Shape::kTokenTiles; ++i) {
         parts[p][i] = is_part ? __ldcg(from + i * Shape::kConsumers) : float4{};
       }
     }
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) {
 #pragma unroll
-      for (int i = 0; i < Shape::kFragments; ++i) {
-        float (&s)[4] = sums[i / Shape::kTokenTiles][i % Shape::kTokenTiles];
-        s[0] += parts[p][i].x;
-        s[1] += parts[p][i].y;
-        s[2] += parts[p][i].z;
-        s[3] += parts[p][i].w;
+      for (int i = 0; i < Shape::kTokenTiles; ++i) {
+        sums[i][0] += parts[p][i].x;
+        sums[i][1] += parts[p][i].y;
+        sums[i][2] += parts[p][i].z;
+        sums[i][3] += parts[p][i].w;
       }
     }
   }
@@ -258,8 +279,7 @@ __device__ __forceinline__ bool add_parts(float (&sums)[Shape::kRowTiles][Shape:
 template <typename T, typename Shape>
 __device__ __forceinline__ void consume(const StreamArgs& args, std::uint32_t ring,
                                         std::uint32_t full, std::uint32_t empty,
-                                        std::uint32_t first, std::uint32_t last,
-                                        std::uint32_t* arrived) {
+                                        std::uint32_t first, std::uint32_t last) {
   const std::uint32_t warp = threadIdx.x >> 5, units_per_block = args.schedule.units_per_block;
   std::uint32_t stage = 0, parity = 0;
   for (std::uint32_t unit = first; unit < last;) {
@@ -268,7 +288,7 @@ __device__ __forceinline__ void consume(const StreamArgs& args, std::uint32_t ri
     const std::uint32_t end = min(last, block_first + units_per_block);
     const bool begins_block = unit == block_first;
     const bool is_whole = begins_block && end == block_first + units_per_block;
-    float sums[Shape::kRowTiles][Shape::kTokenTiles][4] = {};
+    float sums[Shape::kTokenTiles][4] = {};
     for (; unit < end; ++unit) {
       mbarrier_wait(full + 8 * stage, parity);
       multiply_stage<T, Shape>(sums, ring + stage * Shape::kStageBytes, warp);
@@ -279,15 +299,10 @@ __device__ __forceinline__ void consume(const StreamArgs& args, std::uint32_t ri
         parity ^= 1;
       }
     }
-    if (!is_whole && !add_parts<Shape>(sums, args, block, begins_block, arrived)) continue;
-    const int row = static_cast<int>(block * Shape::kRows + warp * Shape::kWarpRows);
+    if (!is_whole && !add_parts<Shape>(sums, args, block, begins_block)) continue;
+    const int row = static_cast<int>(block * Shape::kRows + warp * kWarpRows);
 #pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Shape::kTokenTiles; ++n) {
-        store_tile<T>(args, sums[m][n], row + 16 * m, 8 * n);
-      }
-    }
+    for (int n = 0; n < Shape::kTokenTiles; ++n) store_tile<T>(args, sums[n], row, 8 * n);
   }
 }
 
@@ -299,12 +314,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #if __CUDA_ARCH__ >= 900  // never launched on less, which has no copy engine
   extern __shared__ std::uint8_t smem[];
   __shared__ __align__(8) std::uint64_t full[Shape::kStages], empty[Shape::kStages];
-  __shared__ std::uint32_t arrived;
+  __shared__ volatile bool may_read;
   const std::uint32_t ring = (smem_address(smem) + 1023) & ~1023U;
   const std::uint32_t full_address = smem_address(full), empty_address = smem_address(empty);
   const std::uint32_t first = args.schedule.first_unit(blockIdx.x);
   const std::uint32_t last = args.schedule.first_unit(blockIdx.x + 1);
+  // At once: what follows can but fill its rings until this kernel is done.
+  griddep_launch();
   if (threadIdx.x == Shape::kConsumers) {
+    may_read = false;
     prefetch_tensor_map(&weight_map);
     prefetch_tensor_map(&x_map);
     for (int i = 0; i < Shape::kStages; ++i) {
@@ -314,13 +332,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     mbarrier_init_fence();
   }
   __syncthreads();
-  if (threadIdx.x >= Shape::kConsumers) {
-    if (threadIdx.x == Shape::kConsumers) {
-      produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last);
-    }
-  } else {
+  if (threadIdx.x < Shape::kConsumers) {
     griddep_wait();
-    consume<T, Shape>(args, ring, full_address, empty_address, first, last, &arrived);
+    consume<T, Shape>(args, ring, full_address, empty_address, first, last);
+  } else if (threadIdx.x == Shape::kConsumers) {
+    produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last,
+                   &may_read);
+  } else if (threadIdx.x == Shape::kConsumers + 32) {
+    prefetch<Shape>(&weight_map, args, first, last, &may_read);
   }
 #endif
 }
