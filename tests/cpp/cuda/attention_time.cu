@@ -149,7 +149,6 @@ void time_case(const char* title, const DeviceArray<std::uint16_t>& pool, const 
   std::printf("%-34s %8.1f MB %9.1f us %7.0f GB/s %4.0f %% %8.1f TFLOP/s\n", title, bytes / 1e6, us,
               rate, 100 * rate / read_rate,
               4.0 * num_pairs * heads.num_heads * heads.head_dim / us / 1e6);
-  std::fflush(stdout);
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ inline constexpr int kRowBytes = kHeadDim * 2 + 16;
 inline constexpr int kGroupKeys = 8;     // keys that lie together: block_size is a multiple
 inline constexpr int kWindowKeys = 256;  // one group per lane
 
-// Decode: 16 packed rows, each warp streams its own 16-key tiles. Three CTAs of about 70 KB an SM
-// keep more than 64 KB of keys and values under way, twice what full bandwidth asks for.
+// Decode: 16 packed rows, each warp streams its own 16-key tiles. Three CTAs of about 70 KB an SM,
+// all of it under way while warps wait; full bandwidth asks for 32 KB, few CTAs for all they have.
 template <int kHeadDim>
 struct DecodeConfig {
   static constexpr int kWarps = kHeadDim > 128 ? 2 : 4;

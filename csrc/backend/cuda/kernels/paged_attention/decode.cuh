@@ -168,7 +168,7 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<kHeadDim, 1>& state,
     cp_async_commit();  // an empty group keeps the count
   };
 #pragma unroll
-  for (int turn = 0; turn < Config::kStages - 1; ++turn) fetch(turn);
+  for (int turn = 0; turn < Config::kStages; ++turn) fetch(turn);
 
   std::uint32_t q[kHeadDim / 16][4];
   load_queries<T, kHeadDim>(q, args, item, kv_head);
@@ -182,9 +182,8 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<kHeadDim, 1>& state,
   const int least_limit = item.first_limit + item.first_packed / group;
 
   for (int turn = 0; turn < num_own; ++turn) {
-    cp_async_wait<Config::kStages - 2>();
-    __syncwarp();  // this turn's tile is there for all lanes, and all are done with the last one
-    fetch(turn + Config::kStages - 1);
+    cp_async_wait<Config::kStages - 1>();
+    __syncwarp();  // this turn's tile is there for all lanes
     const std::uint32_t stage = ring + turn % Config::kStages * 2 * Config::kTileBytes;
     const int key0 = item.key_begin + (warp + turn * Config::kWarps) * Config::kTileKeys;
     attend_tile<T, kHeadDim, Config::kTileKeys, 1>(
@@ -195,6 +194,9 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<kHeadDim, 1>& state,
         },
         stage, stage + Config::kTileBytes, key0, key0 + Config::kTileKeys > least_limit, limits,
         args.scale * kLog2E);
+    // Not a turn ahead into a spare stage: so, while a warp waits, its whole ring is under way.
+    __syncwarp();
+    fetch(turn + Config::kStages);
   }
 }
 

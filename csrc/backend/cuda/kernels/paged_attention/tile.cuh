@@ -15,6 +15,9 @@
 namespace deltazip::cuda {
 
 inline constexpr float kLog2E = 1.4426950408889634F;
+// A row's sums are scaled anew only when its largest weight has grown past 2^8: weights up to there
+// are as exact in 16 bits as those below 1, and most tiles then need no scaling.
+inline constexpr float kMostGrowth = 8.0F;
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF800000); }
@@ -101,7 +104,7 @@ __device__ __forceinline__ void copy_group(std::uint32_t smem, const void* cache
 template <int kHeadDim, int kMmaRows>
 struct SoftmaxState {
   float sums[kMmaRows][kHeadDim / 8][4];
-  float maximum[kMmaRows][2];  // of scores before scaling
+  float maximum[kMmaRows][2];  // what weights refer to: a score before scaling, see kMostGrowth
   float weight[kMmaRows][2];
 
   __device__ void reset() {
@@ -181,6 +184,7 @@ __device__ __forceinline__ void attend_tile(SoftmaxState<kHeadDim, kMmaRows>& st
         }
       }
     }
+    float correction[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float maximum = state.maximum[m][h];
@@ -190,9 +194,11 @@ __device__ __forceinline__ void attend_tile(SoftmaxState<kHeadDim, kMmaRows>& st
       }
       maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
-      const float shift = finite_or_zero(maximum) * scale_log2;
-      const float correction = exp2_approx(state.maximum[m][h] * scale_log2 - shift);
-      state.maximum[m][h] = maximum;
+      // Row by row, whatever the warp's other rows do; from -inf, growth is inf or, to -inf, NaN.
+      const float growth = (maximum - state.maximum[m][h]) * scale_log2;
+      correction[h] = growth > kMostGrowth ? exp2_approx(-growth) : 1.0F;
+      if (growth > kMostGrowth) state.maximum[m][h] = maximum;
+      const float shift = finite_or_zero(state.maximum[m][h]) * scale_log2;
       float weight = 0.0F;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -202,11 +208,13 @@ __device__ __forceinline__ void attend_tile(SoftmaxState<kHeadDim, kMmaRows>& st
           weight += scores[m][n][e];
         }
       }
-      state.weight[m][h] = state.weight[m][h] * correction + weight;
+      state.weight[m][h] = state.weight[m][h] * correction[h] + weight;
+    }
+    if (__any_sync(kAllLanes, correction[0] != 1.0F || correction[1] != 1.0F)) {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; ++d) {
-        state.sums[m][d][2 * h] *= correction;
-        state.sums[m][d][2 * h + 1] *= correction;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) state.sums[m][d][e] *= correction[e / 2];
       }
     }
   }
