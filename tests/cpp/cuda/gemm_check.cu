@@ -142,7 +142,7 @@ void compare(Tally& tally, const char* kernel, const Output& y, const std::vecto
   if (!y.guards_intact()) tally.fail("guard", kernel, shape, tokens, dtype, y.dtype);
 }
 
-constexpr base_gemm::Tile kTiles[] = {{64, 0}, {64, 8}, {32, 0}, {32, 8}};
+constexpr base_gemm::Tile kTiles[] = {{64, 0}, {64, 8}, {64, 8, true}, {32, 0}, {32, 8, true}};
 constexpr std::int64_t kTokens[] = {1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128};
 constexpr std::int64_t kMostTokens = 128;
 

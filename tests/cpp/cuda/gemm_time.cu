@@ -76,8 +76,15 @@ struct Variant {
   base_gemm::Tile tile;
   int ctas_per_sm = 1;
 };
-constexpr Variant kVariants[] = {{"64", {64, 0}},      {"64 +4", {64, 4}}, {"64 +8", {64, 8}},
-                                 {"64 +12", {64, 12}}, {"32", {32, 0}},    {"32 +8", {32, 8}}};
+constexpr Variant kVariants[] = {{"64", {64, 0}},
+                                 {"64 +4", {64, 4}},
+                                 {"64 +8", {64, 8}},
+                                 {"64 +12", {64, 12}},
+                                 {"64 ahead 4", {64, 4, true}},
+                                 {"64 ahead 8", {64, 8, true}},
+                                 {"64 ahead 12", {64, 12, true}},
+                                 {"32", {32, 0}},
+                                 {"32 ahead 8", {32, 8, true}}};
 
 void time_shapes(const Bench& bench, double peak_tbs) {
   constexpr Shape kShapes[] = {

@@ -31,8 +31,10 @@ struct Tile {
   // Out rows of one block. The fewer, the more of a row's bytes follow each other in a stage and
   // the less is shared; the more often x is fetched, too.
   int rows = 64;
-  // Units beyond the first ring that go to L2 while the products before this one drain.
+  // Units beyond the ring that go to L2 while the products before this one drain.
   int prefetch_units = 0;
+  // They stay that far ahead of the ring to the end.
+  bool stays_ahead = false;
 };
 
 // Units of work: one stage of one block each, k fastest.

@@ -61,6 +61,7 @@ void launch_shape(const StreamGemm& params, Tile tile, cudaStream_t stream) {
                         static_cast<std::int32_t>(params.num_tokens),
                         static_cast<std::int32_t>(params.out_features),
                         static_cast<std::uint32_t>(tile.prefetch_units),
+                        tile.stays_ahead,
                         params.y_dtype == DType::kFloat32};
   launch(kernel, {schedule.num_ctas, Shape::kThreads, Shape::kSmemBytes}, stream,
          matrix_map(params.weight, params.out_features, params.in_features, kRows, params.dtype),

@@ -21,10 +21,11 @@ struct StreamArgs {
   void* y;                  // [num_tokens, out_features]
   float4* partials;         // [2 * num_ctas][fragments of a block][consumers]
   std::uint32_t* counters;  // [warps of all blocks], zero between launches
-  std::uint32_t* drained;   // how many CTAs of all launches have asked for their last unit
+  std::uint32_t* drained;   // how many CTAs of all launches have nothing more to ask for
   Schedule schedule;
   std::int32_t num_tokens, out_features;
   std::uint32_t prefetch_units;
+  bool stays_ahead;
   bool is_float32;  // y
 };
 
@@ -65,7 +66,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
                                         const StreamArgs& args, std::uint32_t ring,
                                         std::uint32_t full, std::uint32_t empty,
                                         std::uint32_t first, std::uint32_t last,
-                                        volatile bool* may_read) {
+                                        volatile std::uint32_t* asked_for) {
   const Schedule& schedule = args.schedule;
   const std::uint64_t once = policy_evict_first(), often = policy_evict_last();
   const auto fetch_weights = [&](std::uint32_t unit, std::uint32_t stage) {
@@ -91,7 +92,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
   const std::uint32_t early = min(last - first, static_cast<std::uint32_t>(Shape::kStages));
   for (std::uint32_t i = 0; i < early; ++i) fetch_weights(first + i, i);
   griddep_wait();
-  *may_read = true;
+  *asked_for = early;
   for (std::uint32_t i = 0; i < early; ++i) fetch_x(first + i, i);
 
   std::uint32_t stage = 0, parity = 0;
@@ -99,12 +100,13 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
     mbarrier_wait(empty + 8 * stage, parity);
     fetch_weights(unit, stage);
     fetch_x(unit, stage);
+    *asked_for = unit + 1 - first;
     if (++stage == Shape::kStages) {
       stage = 0;
       parity ^= 1;
     }
   }
-  atomicAdd(args.drained, 1U);
+  if (!args.stays_ahead) atomicAdd(args.drained, 1U);
 }
 
 // Between the last bytes of one product and the second ring of the next, memory would idle for
@@ -113,23 +115,29 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
 template <typename Shape>
 __device__ __forceinline__ void prefetch(const CUtensorMap* weight_map, const StreamArgs& args,
                                          std::uint32_t first, std::uint32_t last,
-                                         const volatile bool* may_read) {
-  constexpr unsigned kPollNanoseconds = 300;
-  if (args.prefetch_units == 0 || last - first <= Shape::kStages) return;
+                                         const volatile std::uint32_t* asked_for) {
+  constexpr unsigned kPollNanoseconds = 300, kStepNanoseconds = 50;
+  if (args.prefetch_units == 0) return;
   const volatile std::uint32_t* drained = args.drained;
   const std::uint32_t target = *drained + gridDim.x / 2;
-  while (static_cast<std::int32_t>(*drained - target) < 0 && !*may_read) {
+  while (static_cast<std::int32_t>(*drained - target) < 0 && *asked_for == 0) {
     __nanosleep(kPollNanoseconds);
   }
-  const std::uint32_t begin = first + Shape::kStages;
-  const std::uint32_t end = min(last, begin + args.prefetch_units);
-  for (std::uint32_t unit = begin; unit < end; ++unit) {
+  constexpr std::uint32_t kRing = Shape::kStages;
+  const std::uint32_t count = last - first;
+  const std::uint32_t end = args.stays_ahead ? count : min(count, kRing + args.prefetch_units);
+  for (std::uint32_t i = kRing; i < end; ++i) {
+    while (i >= kRing + args.prefetch_units && i >= *asked_for + args.prefetch_units) {
+      __nanosleep(kStepNanoseconds);
+    }
+    if (i < *asked_for) continue;  // overtaken
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box) {
-      tensor_prefetch_2d(weight_map, box_column<Shape>(args.schedule, unit, box),
-                         box_row<Shape>(args.schedule, unit));
+      tensor_prefetch_2d(weight_map, box_column<Shape>(args.schedule, first + i, box),
+                         box_row<Shape>(args.schedule, first + i));
     }
   }
+  if (args.stays_ahead) atomicAdd(args.drained, 1U);
 }
 
 // One stage's products, added to this warp's sums.
@@ -314,7 +322,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #if __CUDA_ARCH__ >= 900  // never launched on less, which has no copy engine
   extern __shared__ std::uint8_t smem[];
   __shared__ __align__(8) std::uint64_t full[Shape::kStages], empty[Shape::kStages];
-  __shared__ volatile bool may_read;
+  __shared__ volatile std::uint32_t asked_for;  // units, once the kernel before is done
   const std::uint32_t ring = (smem_address(smem) + 1023) & ~1023U;
   const std::uint32_t full_address = smem_address(full), empty_address = smem_address(empty);
   const std::uint32_t first = args.schedule.first_unit(blockIdx.x);
@@ -322,7 +330,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   // At once: what follows can but fill its rings until this kernel is done.
   griddep_launch();
   if (threadIdx.x == Shape::kConsumers) {
-    may_read = false;
+    asked_for = 0;
     prefetch_tensor_map(&weight_map);
     prefetch_tensor_map(&x_map);
     for (int i = 0; i < Shape::kStages; ++i) {
@@ -337,9 +345,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     consume<T, Shape>(args, ring, full_address, empty_address, first, last);
   } else if (threadIdx.x == Shape::kConsumers) {
     produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last,
-                   &may_read);
+                   &asked_for);
   } else if (threadIdx.x == Shape::kConsumers + 32) {
-    prefetch<Shape>(&weight_map, args, first, last, &may_read);
+    prefetch<Shape>(&weight_map, args, first, last, &asked_for);
   }
 #endif
 }
