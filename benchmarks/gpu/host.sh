@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds or takes what build/gpu-kit holds prebuilt, then
 #   host.sh test [GTEST_FILTER]   every C++ and Python test of the GPU
-#   host.sh sanitize [FILTER]     the C++ ones under compute-sanitizer: memcheck, then racecheck
+#   host.sh sanitize [FILTER]     the short ones under compute-sanitizer: memcheck, then racecheck
 #   host.sh bench [SUITE...]      the measurements of suite.sh; results in build/gpu-results
 #   host.sh exec COMMAND...       a command in the environment that the others have
 #   host.sh build                 only the build, in build/gpu
@@ -17,6 +17,9 @@ host=$PWD/build/gpu-host
 tree=$PWD/build/gpu
 jobs=${JOBS:-$(nproc)}
 : "${GPU_FILTER:=*cuda*:*Cuda*:*CUDA*}"
+# Every kernel on shapes that a sanitizer, a hundred times slower, gets through.
+small='*Small*/cuda_*:*RowwiseTest*/cuda_*:*SampleTest*/cuda_*:*StepTest.OpsInARow*/cuda_*'
+: "${GPU_SMALL_FILTER:=$small}"
 
 say() { echo "gpu: $*" >&2; }
 has_header() { printf '#include <%s>\n' "$1" | c++ -E -x c++ - >/dev/null 2>&1; }
@@ -35,7 +38,8 @@ install_wheels() {
 
 # What has cases for a GPU; with GPU_CHECKS=1 also the programs that check single kernels.
 targets() {
-  echo _C deltazip_cuda deltazip-bench-ops backend_test engine_test model_test
+  echo _C deltazip_cuda deltazip-bench-ops backend_test engine_test model_test \
+    deltazip_logits
   if [[ ${GPU_CHECKS:-} ]]; then
     sed -n 's/^deltazip_cuda_check(\([a-z0-9_]*\).*/\1/p' tests/cpp/cuda/CMakeLists.txt
   fi
@@ -68,7 +72,7 @@ build() {
 
 programs() { # TREE: paths of tests, checks and the microbenchmarks
   find "$1/tests" "$1/benchmarks" -type f -executable \
-    \( -name '*_test' -o -name '*_check' -o -name 'deltazip-bench-ops' \)
+    \( -name '*_test' -o -name '*_check' -o -name 'deltazip-bench-ops' -o -name deltazip_logits \)
 }
 
 # Sets $bin and puts the package with its libraries into PYTHONPATH.
@@ -136,12 +140,19 @@ case $command in
     status=0
     run_tests "${1:-$GPU_FILTER}" || status=1
     "$python" -m pytest -q -p no:cacheprovider tests/python/gpu || status=1
+    # The suite's own engine, LLM, parity and server tests, computed by the device.
+    export PATH=$bin:$PATH DELTAZIP_TEST_DEVICE=cuda
+    suite=(tests/python/test_{mixed_batch,llm,parity}.py)
+    if "$python" -c 'import openai' 2>/dev/null; then
+      suite+=(tests/python/server/test_real_engine.py)
+    fi
+    "$python" -m pytest -q -p no:cacheprovider "${suite[@]}" || status=1
     exit $status
     ;;
   sanitize)
     prepare
     for tool in memcheck racecheck; do
-      run_tests "${1:-$GPU_FILTER}" compute-sanitizer --tool "$tool" --error-exitcode 1
+      run_tests "${1:-$GPU_SMALL_FILTER}" compute-sanitizer --tool "$tool" --error-exitcode 1
     done
     ;;
   bench)

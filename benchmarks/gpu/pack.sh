@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${GPU_PYTHON:-python3.12}
 kit=build/gpu-kit
 # A host with torch, transformers and pytest has the rest. nlohmann-json and pybind11 are headers.
-wheels=${GPU_WHEELS-nlohmann-json pybind11 fastapi pydantic uvicorn}
+wheels=${GPU_WHEELS-nlohmann-json pybind11 fastapi pydantic uvicorn openai}
 
 say() { echo "gpu-kit: $*" >&2; }
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+import device
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "server"))
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +24,25 @@ def repository() -> Path:
 def test_data() -> Path:
     """The small files under tests/data."""
     return ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def device_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Fields of EngineConfig that choose the device under test; skips if it is not there."""
+    if not device.IS_CPU:
+        from deltazip import _C
+        from serving_support import tiny
+
+        base = tiny.write_base(tmp_path_factory.mktemp("device") / "base")
+        try:
+            config = _C.EngineConfig(base=str(base), kv_cache_bytes=1 << 20, **device.OPTIONS)
+            _C.Engine(config).shutdown()
+        except ValueError as error:
+            reason = f"DELTAZIP_TEST_DEVICE={device.DEVICE}: {error}"
+            if os.environ.get("DELTAZIP_REQUIRE_GPU"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+    return device.OPTIONS
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import device
 import numpy as np
 import reference
 import torch
@@ -19,10 +20,11 @@ def check_greedy(folder: Path, model: Any, prompts: list[list[int]], *arguments:
     The reference is shown prompt + our tokens in one pass. By induction its own 64 steps would
     choose the same: each choice is made on the same tokens before it.
 
-    In float32 a choice counts if its top-2 gap is above 0.01, a thousandth of these logits. In
-    bfloat16, where the reference rounds every activation and its logits, the gap must be above
-    what rounding can do to two logits: twice the 95th percentile, over all positions, of the
-    largest difference between its bfloat16 and float32 logits of the five likeliest tokens.
+    In float32 a choice counts if its top-2 gap is above 0.01, a thousandth of these logits; on a
+    GPU, which rounds activations, above device.GAP. In bfloat16, where the reference rounds every
+    activation and its logits, the gap must be above what rounding can do to two logits: twice the
+    95th percentile, over all positions, of the largest difference between its bfloat16 and float32
+    logits of the five likeliest tokens.
     """
     rounded_model = copy.deepcopy(model).to(torch.bfloat16)
     ours = reference.our_greedy(folder, prompts, NUM_GREEDY, *arguments)
@@ -33,7 +35,7 @@ def check_greedy(folder: Path, model: Any, prompts: list[list[int]], *arguments:
         tokens = prompt + chosen[:-1].tolist()
         exact = reference.reference_logits(model, tokens)[len(prompt) - 1 :]
         top = np.sort(exact, axis=1)
-        wrong = (top[:, -1] - top[:, -2] > 0.01) & (exact.argmax(axis=1) != chosen)
+        wrong = (top[:, -1] - top[:, -2] > max(0.01, device.GAP)) & (exact.argmax(axis=1) != chosen)
         assert not wrong.any(), f"prompt {prompt}: tokens {np.flatnonzero(wrong)} of {chosen}"
 
         rounded = reference.reference_logits(rounded_model, tokens)[len(prompt) - 1 :]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import device
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -44,6 +46,8 @@ def make_checkpoint(folder: Path, *, seed: int, dtype: str = "float32", **settin
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
+    if not device.IS_CPU:
+        settings["head_dim"] = device.HEAD_DIM
     model = LlamaForCausalLM(LlamaConfig(**(defaults | settings)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -156,9 +160,10 @@ def reference_logits(model: PreTrainedModel, tokens: Sequence[int]) -> FloatArra
 
 
 def tool_path() -> Path:
-    """The program built by tests/cpp/model; DELTAZIP_BUILD_DIR names its CMake tree."""
+    """The program built by tests/cpp/model: in PATH, or in the CMake tree DELTAZIP_BUILD_DIR."""
     tree = Path(os.environ.get("DELTAZIP_BUILD_DIR", ROOT / "build" / "dev"))
-    return tree / "tests" / "cpp" / "model" / "deltazip_logits"
+    installed = shutil.which("deltazip_logits")
+    return Path(installed or tree / "tests" / "cpp" / "model" / "deltazip_logits")
 
 
 def _run_tool(folder: Path, sequences: Sequence[Sequence[int]], *arguments: str) -> bytes:
@@ -166,7 +171,7 @@ def _run_tool(folder: Path, sequences: Sequence[Sequence[int]], *arguments: str)
         tokens, out = Path(scratch, "tokens"), Path(scratch, "out")
         tokens.write_text("".join(" ".join(map(str, each)) + "\n" for each in sequences))
         command = [str(tool_path()), str(folder), "--tokens", str(tokens), "--out", str(out)]
-        subprocess.run([*command, *arguments], check=True, timeout=600)
+        subprocess.run([*command, *device.ARGUMENTS, *arguments], check=True, timeout=600)
         return out.read_bytes()
 
 

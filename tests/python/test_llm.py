@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import device
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "server"))
@@ -23,9 +24,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llm(base: Path) -> Iterator[LLM]:
+def llm(base: Path, device_options: dict[str, object]) -> Iterator[LLM]:
     red = tiny.write_delta(base.parent / "red", base, seed=1)
-    with LLM(base, {"red": red}, num_threads=1, kv_cache_bytes=8 << 20) as llm:
+    options = {"num_threads": 1, "kv_cache_bytes": 8 << 20} | device_options
+    with LLM(base, {"red": red}, **options) as llm:
         yield llm
 
 
@@ -38,8 +40,8 @@ def test_answers_come_in_order(llm: LLM) -> None:
     prompts = [f"the quick {i} fox" for i in range(40)]
     together = llm.generate(prompts, GREEDY)
     assert [output.prompt for output in together] == prompts
-    for output in together[::13]:
-        assert llm.generate(output.prompt or "", GREEDY)[0].text == output.text
+    alone = [llm.generate(output.prompt or "", GREEDY)[0].text for output in together[::3]]
+    assert device.mostly(a == b.text for a, b in zip(alone, together[::3], strict=True))
     assert all(len(output.outputs[0].token_ids) == 12 for output in together)
     assert {output.outputs[0].finish_reason for output in together} == {"length"}
 
@@ -112,6 +114,7 @@ def test_stop_texts(llm: LLM, tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(completion.token_ids).startswith(completion.text)
 
 
+@device.bitwise
 def test_a_stopped_choice_is_not_computed_on(llm: LLM) -> None:
     def params(stop: list[str]) -> SamplingParams:
         return SamplingParams(
@@ -137,8 +140,9 @@ def test_without_a_limit_the_context_is_the_limit(llm: LLM) -> None:
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 512
 
 
-def test_more_prompts_than_the_queue_holds(base: Path) -> None:
-    with LLM(base, num_threads=1, kv_cache_bytes=8 << 20, max_waiting=2) as small:
+def test_more_prompts_than_the_queue_holds(base: Path, device_options: dict[str, object]) -> None:
+    options = {"num_threads": 1, "kv_cache_bytes": 8 << 20, "max_waiting": 2} | device_options
+    with LLM(base, **options) as small:
         outputs = small.generate([f"fox {i}" for i in range(20)], GREEDY, progress=True)
     assert len({output.text for output in outputs}) > 5
 

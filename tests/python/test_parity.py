@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import device
 import numpy as np
 import pytest
 
@@ -52,7 +53,7 @@ REAL = ["base", "math", "define"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _needs_the_tool() -> None:
+def _needs_the_tool(device_options: dict[str, object]) -> None:
     if not reference.tool_path().exists():
         pytest.skip(f"{reference.tool_path()} is not built: ninja deltazip_logits")
 
@@ -70,7 +71,8 @@ def test_tiny_logits(name: str, tmp_path: Path) -> None:
                 tmp_path, [tokens], model.config.vocab_size, "--chunk", chunk
             )
             error = reference.relative_error(got, expected)
-            assert error <= 1e-4, f"{name}: {length} tokens in chunks of {chunk}: {error:.2e}"
+            what = f"{name}: {length} tokens in chunks of {chunk}"
+            assert error <= device.LOGITS, f"{what}: {error:.2e}"
 
 
 @pytest.mark.parametrize("name", ["plain", "tied", "biases", "odd_sizes_fp16", "dynamic_long"])
@@ -87,7 +89,7 @@ def test_tiny_variant(name: str, tmp_path: Path) -> None:
         base, [tokens], model.config.vocab_size, "--delta", str(delta), "--chunk", "50"
     )
     error = reference.relative_error(got, reference.reference_logits(model, tokens))
-    assert error <= 1e-4, f"{name}: {error:.2e}"
+    assert error <= device.LOGITS, f"{name}: {error:.2e}"
     assert reference.relative_error(got, reference.reference_logits(plain, tokens)) > 0.05
 
 
@@ -138,7 +140,7 @@ def test_real_logits(name: str, test_models: Path) -> None:
     got = reference.our_logits(folder, prompts, model.config.vocab_size)
     for tokens, ours in zip(prompts, got, strict=True):
         error = reference.relative_error(ours, reference.reference_logits(model, tokens))
-        assert error <= 1e-4, f"{name}: {error:.2e}"
+        assert error <= device.LOGITS, f"{name}: {error:.2e}"
 
 
 @pytest.mark.slow
@@ -150,7 +152,7 @@ def test_real_variant_logits(type_: str, test_models: Path, tmp_path: Path) -> N
     tokens = prompts_of(base)[7]
     (got,) = reference.our_logits(base, [tokens], model.config.vocab_size, "--delta", str(tmp_path))
     error = reference.relative_error(got, reference.reference_logits(model, tokens))
-    assert error <= 1e-4, f"{type_}: {error:.2e}"
+    assert error <= device.LOGITS, f"{type_}: {error:.2e}"
 
 
 @pytest.mark.slow

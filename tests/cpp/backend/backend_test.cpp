@@ -79,7 +79,7 @@ TEST(RegistryTest, NamesWhatIsWrong) {
 
 // Where there is no GPU this is the one test that says so.
 TEST(CudaTest, RunsWhereAGpuIs) {
-  if (!cuda_problem().empty()) GTEST_SKIP() << "no test ran on a GPU: " << cuda_problem();
+  DZ_NEEDS_GPU();
   const auto backend = make_backend("cuda");
   EXPECT_FALSE(backend->shares_host_memory());
   EXPECT_EQ(backend->activation_dtype(DType::kFloat32), DType::kBFloat16);

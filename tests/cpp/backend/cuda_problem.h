@@ -1,5 +1,8 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <cstdlib>
 #include <string>
 
 #include "deltazip/backend/backend.h"
@@ -21,3 +24,13 @@ inline const std::string& cuda_problem() {
 }
 
 }  // namespace deltazip::testing
+
+// First in a test of the GPU: skipped with the reason where there is none, or failed where
+// DELTAZIP_REQUIRE_GPU says that there must be one.
+#define DZ_NEEDS_GPU()                                                     \
+  do {                                                                     \
+    const std::string& problem = ::deltazip::testing::cuda_problem();      \
+    if (problem.empty()) break;                                            \
+    if (std::getenv("DELTAZIP_REQUIRE_GPU") != nullptr) FAIL() << problem; \
+    GTEST_SKIP() << "no GPU is tested: " << problem;                       \
+  } while (false)

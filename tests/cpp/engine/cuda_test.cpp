@@ -25,9 +25,7 @@ constexpr const char* kVariants[] = {"", "one", "two", "three"};
 
 class EngineOnCuda : public ::testing::TestWithParam<std::string> {
  protected:
-  void SetUp() override {
-    if (!testing::cuda_problem().empty()) GTEST_SKIP() << testing::cuda_problem();
-  }
+  void SetUp() override { DZ_NEEDS_GPU(); }
   EngineConfig config() const {
     EngineConfig config = house.config();
     config.device = "cuda";

@@ -20,9 +20,7 @@ using Tokens = std::vector<std::int32_t>;
 
 class ModelOnCuda : public ::testing::TestWithParam<DType> {
  protected:
-  void SetUp() override {
-    if (!testing::cuda_problem().empty()) GTEST_SKIP() << testing::cuda_problem();
-  }
+  void SetUp() override { DZ_NEEDS_GPU(); }
   // Weights that the device holds exactly, and heads that its attention serves.
   std::string patch(const std::string& more = "") const {
     return "{\"dtype\": \"" + std::string(name(GetParam())) + "\"" +

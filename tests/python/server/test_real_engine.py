@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import device
 import httpx
 import openai
 import pytest
@@ -30,11 +31,14 @@ NAMES = ["tiny", "red", "blue"]
 
 def make_core(base: Path, **options: Any) -> _C.Engine:
     small = {"num_threads": 1, "kv_cache_bytes": 8 << 20, "max_batch_sequences": 16}
+    small |= device.OPTIONS
     return _C.Engine(_C.EngineConfig(base=str(base), **{**small, **options}))
 
 
 @pytest.fixture(scope="module")
-def served(tiny_base: Path, tiny_deltas: dict[str, Path]) -> Iterator[Live]:
+def served(
+    tiny_base: Path, tiny_deltas: dict[str, Path], device_options: dict[str, object]
+) -> Iterator[Live]:
     """Base and two variants, behind an API key and an admin key."""
     core = make_core(tiny_base)
     variants = [f"{name}={path}" for name, path in tiny_deltas.items()]
@@ -78,7 +82,7 @@ def test_variants_answer_differently_and_together(client: openai.OpenAI) -> None
     assert len({alone[model, prompts[0]] for model in NAMES}) == 3
     with ThreadPoolExecutor(9) as pool:
         together = {key: pool.submit(greedy, client, *key) for key in alone}
-        assert {key: future.result() for key, future in together.items()} == alone
+        assert device.mostly(future.result() == alone[key] for key, future in together.items())
 
 
 def test_models_name_parent_and_revision(client: openai.OpenAI, served: Live) -> None:
@@ -91,6 +95,7 @@ def test_models_name_parent_and_revision(client: openai.OpenAI, served: Live) ->
     assert client.models.retrieve("red").id == "red"
 
 
+@device.bitwise
 def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": "the lazy dog 🚀"}]
     options: dict[str, Any] = {"model": "red", "messages": messages, "max_tokens": 24, "n": 2}
@@ -146,7 +151,7 @@ def test_prompt_logprobs_and_scoring(client: openai.OpenAI, tokenizer: Tokenizer
     for token, row, value in zip(
         ids[1:], rows[1:], scored.logprobs.token_logprobs[1:], strict=True
     ):
-        assert row[str(token)]["logprob"] == pytest.approx(value, abs=1e-4)
+        assert row[str(token)]["logprob"] == pytest.approx(value, abs=max(1e-4, device.GAP))
 
 
 def test_errors_reach_the_official_client(client: openai.OpenAI, served: Live) -> None:
@@ -307,7 +312,7 @@ def start_process(base: Path, *options: str) -> tuple[subprocess.Popen[str], str
     """The server as its users start it; returns it and its URL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "deltazip.server", "--base", str(base), "--port", "0"]
-        + ["--threads", "1", "--kv-cache-gib", "0.01", *options],
+        + ["--threads", "1", "--kv-cache-gib", "0.01", *device.ARGUMENTS, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -321,6 +326,7 @@ def start_process(base: Path, *options: str) -> tuple[subprocess.Popen[str], str
     return process, line.rsplit(" ", 1)[1].strip()
 
 
+@pytest.mark.usefixtures("device_options")
 def test_sigterm_finishes_what_runs(tiny_base: Path, tiny_deltas: dict[str, Path]) -> None:
     process, url = start_process(tiny_base, "--variant", f"red={tiny_deltas['red']}")
     body = {"model": "red", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -343,6 +349,7 @@ def test_sigterm_finishes_what_runs(tiny_base: Path, tiny_deltas: dict[str, Path
     assert "Traceback" not in errors
 
 
+@pytest.mark.usefixtures("device_options")
 def test_sigterm_with_an_idle_connection_is_quick(tiny_base: Path) -> None:
     process, url = start_process(tiny_base)
     with httpx.Client(base_url=url) as client:
