@@ -100,7 +100,9 @@ def compress(
     progress("reading the base's digest", 0.0)
     base_digest = models.base.digest()
     progress("reading the fine-tune's digest", 0.0)
-    run_digest = settings.digest(base_digest, models.finetuned.digest(), repr(sequences), device)
+    run_digest = settings.digest(
+        __version__, base_digest, models.finetuned.digest(), repr(sequences), device
+    )
     workspace = Workspace(out, run_digest)
     run = Run(models, shape, settings, workspace, sequences, torch.device(device), progress)
     with torch.inference_mode():
