@@ -107,17 +107,20 @@ print(*[str(f.parent) for p in nvidia.__path__ for f in pathlib.Path(p).glob("*/
     2>/dev/null || true)
   [[ $cublas ]] && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$cublas
   export PYTHONPATH=$host/package${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+  export LD_LIBRARY_PATH=$bin${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
 
 # Runs what of each test binary the filter selects; $@ is put before each.
 run_tests() {
-  local filter=$1 test failed=()
+  local filter=$1 test failed=() num_run=0
   shift
   for test in "$bin"/*_test; do
     "$test" --gtest_filter="$filter" --gtest_list_tests | grep -q '^  ' || continue
     echo "== ${test##*/}"
+    num_run=$((num_run + 1))
     "$@" "$test" --gtest_filter="$filter" --gtest_brief=1 || failed+=("${test##*/}")
   done
+  ((num_run)) || { say "no test has cases for '$filter': is there a GPU?"; failed+=(none); }
   for test in "$bin"/*_check; do
     [[ -x $test ]] || continue
     echo "== ${test##*/}"

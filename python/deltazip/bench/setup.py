@@ -16,12 +16,18 @@ from deltazip import _C
 from deltazip.bench.modes import NUM_COLD, Plan, load_variants, longest_request
 from deltazip.bench.session import Session
 from deltazip.bench.shapes import SHAPES, ModelShape, base_tensors
-from deltazip.bench.synthetic import DeltaOptions, delta_bytes, make_base, make_deltas
+from deltazip.bench.synthetic import (
+    DeltaOptions,
+    delta_bytes,
+    make_base,
+    make_deltas,
+    slot_bytes,
+)
 
 __all__ = ["Setup", "Subject", "num_cores", "open_session", "work_folder"]
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Tiled deltas pad rows and columns to the kernels' tiles: at most this much a matrix, and a share.
+# A real delta in its slot is padded to the kernels' tiles: at most this much a matrix, and a share.
 _PAD_BYTES = 64 << 10
 _PAD_SHARE = 1.02
 _HOST_DELTAS = NUM_COLD + 2
@@ -202,12 +208,10 @@ def open_session(
 
 def _delta_size(subject: Subject, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     """Bytes that a variant's slot takes at most."""
-    num_bytes = 0
-    if subject.variants:
-        files = [p / "delta.safetensors" if p.is_dir() else p for p in subject.variants.values()]
-        num_bytes = max(path.stat().st_size for path in files)
-    else:
-        num_bytes = delta_bytes(tensors, subject.delta)
+    if not subject.variants:
+        return slot_bytes(tensors, subject.delta)
+    files = [p / "delta.safetensors" if p.is_dir() else p for p in subject.variants.values()]
+    num_bytes = max(path.stat().st_size for path in files)
     return int(_PAD_SHARE * num_bytes) + _PAD_BYTES * len(tensors)
 
 

@@ -23,12 +23,14 @@ import numpy.typing as npt
 
 from deltazip.bench.shapes import ITEM_BYTES, ModelShape
 
-__all__ = ["DeltaOptions", "delta_bytes", "make_base", "make_deltas"]
+__all__ = ["DeltaOptions", "delta_bytes", "make_base", "make_deltas", "slot_bytes"]
 
 _TILE_BYTES = 32 << 20
 _SHARD_BYTES = 1 << 30
 _FORMATS = ("int4", "int2", "ternary")
 _TABLE_FORMATS = ("unchanged", "int4", "int8")
+_TILE_OF_KERNELS = (64, 128)
+_SLOT_ALIGNMENT = 256
 _MARKER = "synthetic.json"
 # The six pairs of places of a 2:4 group, in both halves of a byte.
 _PAIRS = [low | high << 4 for low in (4, 8, 12, 9, 13, 14) for high in (4, 8, 12, 9, 13, 14)]
@@ -253,6 +255,18 @@ def _plan_delta(
 def delta_bytes(base: TensorMap, options: DeltaOptions) -> int:
     """Stored bytes of one delta, without its header."""
     return sum(tensor.num_bytes for tensor in _plan_delta(base, options)[1])
+
+
+def slot_bytes(base: TensorMap, options: DeltaOptions) -> int:
+    """What one delta takes in a slot at most: kernels read whole tiles, and floats of norms."""
+    rows, columns = _TILE_OF_KERNELS
+    tiles = {
+        name: (dtype, (-(-shape[0] // rows) * rows, -(-shape[1] // columns) * columns))
+        if len(shape) == 2
+        else ("F32", shape)
+        for name, (dtype, shape) in base.items()
+    }
+    return delta_bytes(tiles, options) + _SLOT_ALIGNMENT * len(tiles)
 
 
 def make_deltas(
