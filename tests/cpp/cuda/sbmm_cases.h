@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "backend/cuda/cuda_check.h"
@@ -67,11 +68,13 @@ struct RandomDelta {
   std::vector<float> dense;  // [rows, columns]
 };
 
-int verify_sbmm();
-void time_sbmm(bool anchors_only);
+// Only cases whose name contains `filter`.
+int verify_sbmm(std::string_view filter);
+enum class TimedCases { kAll, kAnchors, kTunings };
+void time_sbmm(TimedCases cases);
 // TB/s of bulk copies of 12.8 KB into shared memory over 4 GB.
 double read_bandwidth();
-// out[m, n] = y[m, n] + sum over k of x[m, k] * w[n, k] in double.
+// out[m, n] = sum over k of x[m, k] * w[n, k] in double.
 void reference_product(double* out, const float* x, const float* w, int m, int n, int k);
 
 }  // namespace deltazip::bench

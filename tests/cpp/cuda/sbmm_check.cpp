@@ -1,4 +1,5 @@
-// sbmm_check [verify | time | anchors]...: SBMM on the current CUDA device, without the engine.
+// sbmm_check [verify | verify=WORD | time | anchors | tunings]...: SBMM on the current CUDA device,
+// without the engine.
 
 #include <cstdio>
 #include <string_view>
@@ -7,16 +8,24 @@
 
 int main(int argc, char** argv) {
   using namespace deltazip::bench;
+  setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
+  constexpr std::string_view kFiltered = "verify=";
   int failures = 0;
   try {
     for (int i = 1; i < argc; ++i) {
       const std::string_view what = argv[i];
       if (what == "verify") {
-        failures += verify_sbmm();
-      } else if (what == "time" || what == "anchors") {
-        time_sbmm(what == "anchors");
+        failures += verify_sbmm("");
+      } else if (what.starts_with(kFiltered)) {
+        failures += verify_sbmm(what.substr(kFiltered.size()));
+      } else if (what == "time") {
+        time_sbmm(TimedCases::kAll);
+      } else if (what == "anchors") {
+        time_sbmm(TimedCases::kAnchors);
+      } else if (what == "tunings") {
+        time_sbmm(TimedCases::kTunings);
       } else {
-        printf("unknown: %s; expected verify, time or anchors\n", argv[i]);
+        printf("unknown: %s; expected verify[=WORD], time, anchors or tunings\n", argv[i]);
         return 2;
       }
     }

@@ -6,18 +6,22 @@
 namespace deltazip::bench {
 namespace {
 
-__global__ void product(double* out, const float* x, const float* w, int n, int k) {
-  const int column = blockIdx.x * 32 + threadIdx.x / 4, part = threadIdx.x % 4;
-  double sum = 0.0;
-  if (column < n) {
-    for (int i = part; i < k; i += 4) {
-      sum += static_cast<double>(x[static_cast<std::int64_t>(blockIdx.y) * k + i]) *
-             w[static_cast<std::int64_t>(column) * k + i];
+// A warp a column of out, four rows of x.
+__global__ void product(double* out, const float* x, const float* w, int m, int n, int k) {
+  const int column = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = blockIdx.y * 4;
+  if (column >= n) return;
+  double sum[4] = {};
+  for (int i = lane; i < k; i += 32) {
+    const double weight = w[static_cast<std::int64_t>(column) * k + i];
+    for (int r = 0; r < 4; ++r) {
+      if (first + r < m) sum[r] += weight * x[static_cast<std::int64_t>(first + r) * k + i];
     }
   }
-  sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-  sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-  if (column < n && part == 0) out[static_cast<std::int64_t>(blockIdx.y) * n + column] = sum;
+  for (int r = 0; r < 4 && first + r < m; ++r) {
+    for (int step = 16; step > 0; step /= 2) sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], step);
+    if (lane == 0) out[static_cast<std::int64_t>(first + r) * n + column] = sum[r];
+  }
 }
 
 constexpr int kStage = 12800, kStages = 6;
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(288, 1)
 }  // namespace
 
 void reference_product(double* out, const float* x, const float* w, int m, int n, int k) {
-  product<<<dim3((n + 31) / 32, m), 128>>>(out, x, w, n, k);
+  product<<<dim3((n + 7) / 8, (m + 3) / 4), 256>>>(out, x, w, m, n, k);
   DZ_CUDA(cudaGetLastError());
 }
 

@@ -12,6 +12,13 @@ namespace {
 constexpr int kLaunches = 24;
 constexpr double kRotatedBytes = 160e6;
 
+struct TiledDelta : RandomDelta {
+  TiledDelta(DeltaType type, std::int64_t rows, std::int64_t columns, std::int32_t group_size,
+             std::mt19937_64& rng)
+      : RandomDelta(type, rows, columns, group_size, rng, false), tiled(tile()) {}
+  std::vector<std::uint8_t> tiled;
+};
+
 struct Timing {
   double us;
   double bytes;  // of active deltas
@@ -29,8 +36,9 @@ class Timer {
   }
 
   // Launches of num_deltas deltas of `tokens` rows each; num_deltas 0: enough for `wanted` bytes.
-  Timing run(const RandomDelta& delta, int tokens, int num_deltas, double wanted, DType dtype) {
-    const std::vector<std::uint8_t> host = delta.tile();
+  Timing run(const TiledDelta& delta, int tokens, int num_deltas, double wanted, DType dtype,
+             const cuda::SbmmTuning& tuning = {}) {
+    const std::vector<std::uint8_t>& host = delta.tiled;
     const auto size = static_cast<double>(host.size());
     if (num_deltas == 0) num_deltas = std::max(1, static_cast<int>(std::lround(wanted / size)));
     const int pool = std::max(num_deltas, static_cast<int>(std::ceil(kRotatedBytes / size)));
@@ -63,7 +71,8 @@ class Timer {
         task.num_rows = tokens;
         tasks.push_back(task);
       }
-      cuda::make_sbmm_plan(plan, tasks, {num_sms_, std::size_t{1} << 28, std::size_t{1} << 24});
+      cuda::make_sbmm_plan(plan, tasks,
+                           {num_sms_, std::size_t{1} << 28, std::size_t{1} << 24, tuning});
       scratch_floats = std::max(scratch_floats, plan.scratch_floats);
       num_counters = std::max(num_counters, plan.num_counters);
     }
@@ -123,15 +132,18 @@ class Timer {
 
 }  // namespace
 
-void time_sbmm(bool anchors_only) {
+void time_sbmm(TimedCases cases) {
+  struct Shape {
+    std::int64_t columns, rows;
+  };
   const double stream = read_bandwidth();
   Timer timer;
   std::mt19937_64 rng(1);
   printf("%-17s %5s x %-5s %4s %3s %4s %7s %8s %7s %6s\n", "type", "K", "N", "g", "t", "D", "MB",
          "us", "GB/s", "share");
-  const auto line = [&](const RandomDelta& delta, int tokens, int num_deltas, double wanted,
-                        DType dtype) {
-    const Timing timing = timer.run(delta, tokens, num_deltas, wanted, dtype);
+  const auto line = [&](const TiledDelta& delta, int tokens, int num_deltas, double wanted,
+                        DType dtype, const cuda::SbmmTuning& tuning = {}) {
+    const Timing timing = timer.run(delta, tokens, num_deltas, wanted, dtype, tuning);
     const double size = static_cast<double>(
         cuda::tiled_delta_bytes(delta.type, delta.rows, delta.columns, delta.group_size));
     printf("%-17s %5ld x %-5ld %4d %3d %4d %7.1f %8.1f %7.0f %5.1f%%%s\n", name(delta.type).data(),
@@ -139,18 +151,42 @@ void time_sbmm(bool anchors_only) {
            static_cast<int>(std::lround(timing.bytes / size)), timing.bytes / 1e6, timing.us,
            timing.bytes / timing.us / 1e3, timing.bytes / timing.us / 1e4 / stream,
            dtype == DType::kBFloat16 ? " bf16" : "");
-    fflush(stdout);
   };
-  struct Shape {
-    std::int64_t columns, rows;
-  };
-  if (anchors_only) {
+  if (cases == TimedCases::kTunings) {
+    struct Tuning {
+      const char* what;
+      int records;  // of a stage; 0: as it is
+      int ring_kilobytes;
+      bool streams_x;
+    };
+    for (const Tuning& tuning :
+         {Tuning{"as it is", 0, 112, false}, Tuning{"stages of 4", 4, 112, false},
+          Tuning{"stages of 8", 8, 112, false}, Tuning{"stages of 16", 16, 112, false},
+          Tuning{"ring 64 KB", 0, 64, false}, Tuning{"ring 176 KB", 0, 176, false},
+          Tuning{"x in stages", 0, 112, true}}) {
+      printf("%s\n", tuning.what);
+      cuda::SbmmTuning chosen;
+      if (tuning.records > 0)
+        chosen.records_per_stage.fill(static_cast<std::uint8_t>(tuning.records));
+      chosen.ring_bytes = tuning.ring_kilobytes * 1024;
+      chosen.always_streams_x = tuning.streams_x;
+      for (const Shape shape : {Shape{4096, 4096}, Shape{11008, 4096}}) {
+        for (int type = 0; type < 3; ++type) {
+          const TiledDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, 128, rng);
+          for (const double wanted : {20e6, 125e6}) {
+            for (const int tokens : {1, 8}) line(delta, tokens, 0, wanted, DType::kFloat16, chosen);
+          }
+        }
+      }
+    }
+    return;
+  }
+  if (cases == TimedCases::kAnchors) {
     for (const Shape shape : {Shape{4096, 4096}, Shape{4096, 11008}, Shape{11008, 4096}}) {
       for (int type = 0; type < 3; ++type) {
-        const RandomDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, 128, rng,
-                                false);
+        const TiledDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, 128, rng);
         for (const int num_deltas : {8, 32}) line(delta, 1, num_deltas, 0, DType::kFloat16);
-        line(delta, 16, 32, 0, DType::kFloat16);
+        for (const int tokens : {8, 16, 32}) line(delta, tokens, 32, 0, DType::kFloat16);
       }
     }
     return;
@@ -159,8 +195,7 @@ void time_sbmm(bool anchors_only) {
        {Shape{4096, 4096}, Shape{4096, 12288}, Shape{4096, 22016}, Shape{11008, 4096}}) {
     for (int type = 0; type < 3; ++type) {
       for (const std::int32_t group : {128, 64}) {
-        const RandomDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, group, rng,
-                                false);
+        const TiledDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, group, rng);
         for (const double wanted : {20e6, 50e6, 125e6}) {
           line(delta, 1, 0, wanted, DType::kFloat16);
           line(delta, 8, 0, wanted, DType::kFloat16);

@@ -6,23 +6,24 @@
 
 namespace deltazip::cuda {
 
-// One CTA of a multiprocessor: consumers, a warp that fetches records, a warp that fetches x.
-inline constexpr int kSbmmConsumerWarps = 8;
+// One CTA of a multiprocessor: consumers, a warp that fetches records, a warp that fetches x. Four
+// consumers a scheduler hide the chain from LDS over decoding to mma without pipelining by hand.
+inline constexpr int kSbmmConsumerWarps = 16;
 inline constexpr int kSbmmThreads = (kSbmmConsumerWarps + 2) * 32;
-// Consumer warp w multiplies row pair w % 2 (32 rows) of the records whose number in their segment
-// is w / 2 modulo 4: x is read from shared memory twice a record, a third of what LDS can give.
+// Consumer warp w multiplies row pair w % 2 (32 rows) of the records whose number in their row
+// block is w / 2 modulo 8: x is read from shared memory twice a record.
 inline constexpr int kRowPairs = 2;
-inline constexpr int kColumnParts = 4;
+inline constexpr int kColumnParts = kSbmmConsumerWarps / kRowPairs;
 
-// A segment is the unit of work and of summation: a row block's records are cut into segments by
-// its shape alone, so a row's bits do not depend on the launch. Long enough to pay for the sum over
-// warps (ternary needs its issue slots), short enough to share 6 MB evenly among 132 CTAs.
-constexpr int segment_records(DeltaType type) {
-  return type == DeltaType::kSparse24Ternary ? 16 : 8;
-}
-// A stage is what one bulk copy fetches: about 12 KB keeps the copy engine at full rate.
+// A span is the unit of work and of summation: a row block's records are cut into spans by number
+// alone, so a row's bits do not depend on the launch. 16 halve 4096 columns: 192 row blocks in
+// halves share evenly among 132 CTAs, whole they do not.
+inline constexpr int kSpanRecords = 16;
+// A stage is what one bulk copy fetches, 8 to 17 KB: the copy engine's full rate from 8 KB on. A
+// divisor of a span; eight give each consumer one half record.
 constexpr int stage_records(DeltaType type) {
   switch (type) {
+    case DeltaType::kSparse24Int2:
     case DeltaType::kSparse24Ternary:
       return 8;
     case DeltaType::kDenseInt8:
@@ -33,18 +34,17 @@ constexpr int stage_records(DeltaType type) {
 }
 
 inline constexpr int kMaxStages = 16;
-inline constexpr int kTokenTile = 8;  // n of mma
-inline constexpr int kMaxTiles = 2;   // token tiles of one pass: what registers hold
-inline constexpr int kPassTokens = kTokenTile * kMaxTiles;
-inline constexpr int kMaxPieceTokens = 64;  // of a task at a time
+inline constexpr int kTokenTile = 8;    // n of mma
+inline constexpr int kPassTokens = 16;  // of a task at a time: two token tiles, one a consumer
+static_assert(kPassTokens <= kSbmmConsumerWarps);
 // Rows of x and of partial sums are this much apart beyond their length, against bank conflicts.
 inline constexpr int kXPadBytes = 16;
 inline constexpr int kSumPitch = 68;  // floats: 64 rows, and 8 columns of 4 lanes fall apart
 
-// Shared memory: barriers and zeros, partial sums, stages, x.
+// Shared memory: barriers, partial sums, stages, x.
 inline constexpr int kBarrierBytes = 1024;
 inline constexpr int kSharedBytes = 227 * 1024;
-inline constexpr int kStageBytesWanted = 100 * 1024;
-inline constexpr int kStageBytesLeast = 56 * 1024;  // below, too little is in flight (30 to 60 KB)
+inline constexpr int kRingBytesWanted = 112 * 1024;
+inline constexpr int kRingBytesLeast = 48 * 1024;  // below, too little is in flight (30 to 60 KB)
 
 }  // namespace deltazip::cuda

@@ -13,9 +13,16 @@
 
 namespace deltazip::cuda {
 
-// v with some bits taken (one LOP3), over a number whose last mantissa bit is worth one.
+// v with some bits taken, over a number whose last mantissa bit is worth one. Left to itself the
+// compiler makes two LOP3 of it, since one has room for one constant.
 DZ_HOST_DEVICE std::uint32_t take_bits(std::uint32_t v, std::uint32_t mask, std::uint32_t base) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(v), "r"(mask), "r"(base));
+  return out;
+#else
   return (v & mask) | base;
+#endif
 }
 
 DZ_HOST_DEVICE std::uint32_t rotate_right(std::uint32_t v, std::uint32_t count) {

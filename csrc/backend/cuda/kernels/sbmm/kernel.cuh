@@ -1,8 +1,8 @@
 #pragma once
 
 // SBMM: one persistent launch for all tasks. A CTA walks its items (plan.h); one warp fetches
-// records, one fetches x, eight multiply. Sums over the warps of a segment are taken one segment
-// late, so that no warp waits for another while records stream in.
+// records, one fetches x, sixteen multiply. Sums over the warps of a row block are taken one row
+// block late, so that no warp waits for another while records stream in.
 
 #include "backend/cuda/kernels/device/bulk_copy.cuh"
 #include "backend/cuda/kernels/device/mbarrier.cuh"
@@ -14,11 +14,10 @@
 
 namespace deltazip::cuda {
 
-// Shared memory: barriers, zeros, sums, stages, x. Byte offsets from the start of the CTA's.
+// Shared memory: barriers, sums, stages, x. Addresses of this CTA's.
 struct SharedPlaces {
   static constexpr std::uint32_t kFull = 0, kEmpty = 8 * kMaxStages, kXFull = 16 * kMaxStages,
-                                 kXFree = kXFull + 16, kSums = kXFree + 16,
-                                 kZeros = 512;  // 256 bytes that stand for rows of absent tokens
+                                 kXFree = kXFull + 16, kSums = kXFree + 16;
   std::uint32_t base, stages, x;
 
   __device__ SharedPlaces(std::uint32_t address, const SbmmCtaRange& range)
@@ -28,24 +27,23 @@ struct SharedPlaces {
         x(address + kSharedBytes - range.x_buffers * range.x_bytes) {}
 };
 
-// Where the ring of stages stands; every role counts for itself.
+// Where a ring of buffers stands; every role counts for itself.
 struct Ring {
   int slot = 0;
   std::uint32_t parity = 0;
 
-  __device__ __forceinline__ void advance(int num_stages) {
-    if (++slot == num_stages) {
+  __device__ __forceinline__ void advance(int num_slots) {
+    if (++slot == num_slots) {
       slot = 0;
       parity ^= 1;
     }
   }
 };
 
-// One x set: a piece of tokens of a task over a panel of segments, and the CTA's items in it.
+// A piece of tokens of a task, and the CTA's items in it.
 struct XSet {
-  int first_token, num_tokens;      // within the task
-  int first_segment, num_segments;  // of the panel
-  int begin, end;                   // items within the set, row block slow, segment fast
+  int first_token, num_tokens;  // within the task
+  int begin, end;               // items within the piece, row block slow, span fast
 };
 
 // Calls body(task, set) for every set that the CTA has items of.
@@ -58,27 +56,42 @@ __device__ __forceinline__ void for_each_set(const SbmmLaunch& params, const Sbm
     int item = index == range.first_task ? range.first_item : 0;
     const int last = index == range.last_task ? range.last_item : task.num_items;
     if (item >= last) continue;
-    const int piece_items = task.row_blocks * task.segments;
-    const int panel_items = task.row_blocks * task.panel_segments;
+    const int piece_items = task.row_blocks * task.spans;
     while (item < last) {
-      const int piece = item / piece_items, in_piece = item - piece * piece_items;
-      const int panel = in_piece / panel_items, in_panel = in_piece - panel * panel_items;
+      const int piece = item / piece_items;
       XSet set;
       set.first_token = piece * task.piece_tokens;
       set.num_tokens = min(task.piece_tokens, task.num_rows - set.first_token);
-      set.first_segment = panel * task.panel_segments;
-      set.num_segments = min(task.panel_segments, task.segments - set.first_segment);
-      set.begin = in_panel;
-      set.end = min(in_panel + last - item, task.row_blocks * set.num_segments);
+      set.begin = item - piece * piece_items;
+      set.end = min(set.begin + last - item, piece_items);
       item += set.end - set.begin;
       body(task, set);
     }
   }
 }
 
-// First record of a segment: the records are cut as evenly as whole ones can be.
-__device__ __forceinline__ int segment_begin(const SbmmDeviceTask& task, int segment) {
-  return segment * task.segment_floor + min(segment, task.longer_segments);
+// The part of one row block that a CTA has: spans [span, span + num_spans).
+struct Block {
+  int row_block, span, num_spans;
+};
+
+template <typename Body>
+__device__ __forceinline__ void for_each_block(const SbmmDeviceTask& task, const XSet& set,
+                                               Body&& body) {
+  Block block{set.begin / task.spans, set.begin % task.spans, 0};
+  for (int left = set.end - set.begin; left > 0; left -= block.num_spans) {
+    block.num_spans = min(task.spans - block.span, left);
+    body(block);
+    ++block.row_block;
+    block.span = 0;
+  }
+}
+
+__device__ __forceinline__ int first_record(const Block& block) {
+  return block.span * kSpanRecords;
+}
+__device__ __forceinline__ int end_record(const SbmmDeviceTask& task, const Block& block) {
+  return min(task.records, (block.span + block.num_spans) * kSpanRecords);
 }
 
 __device__ __forceinline__ void fetch_records(const SbmmLaunch& params, const SbmmCtaRange& range,
@@ -86,16 +99,16 @@ __device__ __forceinline__ void fetch_records(const SbmmLaunch& params, const Sb
   const std::uint64_t policy = policy_evict_first();
   Ring ring;
   for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    const auto* data = static_cast<const unsigned char*>(task.data);
-    const int record_bytes = task.record_bytes, stage_records = task.stage_records;
-    int row_block = set.begin / set.num_segments, segment = set.begin % set.num_segments;
-    for (int item = set.begin; item < set.end; ++item) {
-      int record = segment_begin(task, set.first_segment + segment);
-      const int last = segment_begin(task, set.first_segment + segment + 1);
+    const std::uint32_t record_bytes = task.record_bytes;
+    const int stage_records = task.stage_records;
+    for_each_block(task, set, [&](const Block& block) {
+      int record = first_record(block);
+      const int end = end_record(task, block);
       const unsigned char* from =
-          data + (static_cast<std::int64_t>(row_block) * task.records + record) * record_bytes;
-      for (; record < last; record += stage_records) {
-        const std::uint32_t num_bytes = min(stage_records, last - record) * record_bytes;
+          static_cast<const unsigned char*>(task.data) +
+          (static_cast<std::int64_t>(block.row_block) * task.records + record) * record_bytes;
+      for (; record < end; record += stage_records) {
+        const std::uint32_t num_bytes = min(stage_records, end - record) * record_bytes;
         const std::uint32_t full = places.base + SharedPlaces::kFull + 8 * ring.slot;
         mbarrier_wait(places.base + SharedPlaces::kEmpty + 8 * ring.slot, ring.parity ^ 1);
         mbarrier_arrive_expect_tx(full, num_bytes);
@@ -103,117 +116,202 @@ __device__ __forceinline__ void fetch_records(const SbmmLaunch& params, const Sb
         from += num_bytes;
         ring.advance(range.num_stages);
       }
-      if (++segment == set.num_segments) {
-        segment = 0;
-        ++row_block;
-      }
-    }
+    });
   });
 }
 
-// x of a set as it stands in memory, [segment][token], zero beyond the last column.
-__device__ __forceinline__ void fetch_x(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                        const SharedPlaces& places, unsigned char* shared,
-                                        int lane) {
-  griddep_wait();
-  const bool is_aligned =
-      params.x_stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(params.x) % 16 == 0;
-  int buffer = 0;
-  std::uint32_t parity = 0;
+// Rows of x of a set, for its fetching.
+struct XRows {
+  const std::uint16_t* first;
+  std::int64_t stride;
+  int columns;
+  bool is_bulk;
+
+  __device__ XRows(const SbmmLaunch& params, const SbmmDeviceTask& task, const XSet& set)
+      : first(static_cast<const std::uint16_t*>(params.x) +
+              static_cast<std::int64_t>(task.first_row + set.first_token) * params.x_stride),
+        stride(params.x_stride),
+        columns(task.columns),
+        is_bulk(params.x_stride % 8 == 0 && task.columns % 8 == 0 &&
+                reinterpret_cast<std::uintptr_t>(params.x) % 16 == 0) {}
+};
+
+// Columns [begin, end) of a token to shared memory by one warp, zero beyond the last; bulk copies
+// by the lane `issuer`. Returns the bytes that these will bring.
+__device__ __forceinline__ int copy_x(const XRows& rows, int token, int begin, int end,
+                                      std::uint32_t to, unsigned char* place, std::uint32_t full,
+                                      int issuer, int lane) {
+  const std::uint16_t* from = rows.first + token * rows.stride + begin;
+  const int valid = min(end, rows.columns) - begin, copied = rows.is_bulk ? valid : 0;
+  auto* halves = reinterpret_cast<std::uint16_t*>(place);
+  for (int k = copied + lane; k < end - begin; k += 32) {
+    halves[k] = k < valid ? from[k] : std::uint16_t{0};
+  }
+  if (copied > 0 && issuer == lane) bulk_copy(to, from, copied * 2, full);
+  return copied * 2;
+}
+
+// x of whole sets, [token][columns].
+__device__ __forceinline__ void fetch_sets(const SbmmLaunch& params, const SbmmCtaRange& range,
+                                           const SharedPlaces& places, unsigned char* shared,
+                                           int lane) {
+  Ring ring;
   for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    const std::uint32_t full = places.base + SharedPlaces::kXFull + 8 * buffer;
-    mbarrier_wait(places.base + SharedPlaces::kXFree + 8 * buffer, parity ^ 1);
+    const std::uint32_t full = places.base + SharedPlaces::kXFull + 8 * ring.slot;
+    mbarrier_wait(places.base + SharedPlaces::kXFree + 8 * ring.slot, ring.parity ^ 1);
     async_proxy_fence();
-    const int pitch = task.segment_records * (kRecordColumns * 2) + kXPadBytes;
-    const bool is_bulk = is_aligned && task.columns % 8 == 0;
-    const int first_needed = set.begin % set.num_segments, num_items = set.end - set.begin;
-    const auto* rows =
-        static_cast<const std::uint16_t*>(params.x) +
-        static_cast<std::int64_t>(task.first_row + set.first_token) * params.x_stride;
-    const std::uint32_t to = places.x + buffer * range.x_bytes;
-    std::uint32_t total = 0;
-    for (int s = 0; s < set.num_segments; ++s) {
-      // A few items need only their own segments of x.
-      const int ahead = s - first_needed + (s < first_needed ? set.num_segments : 0);
-      if (ahead >= num_items) continue;
-      const int begin = segment_begin(task, set.first_segment + s) * kRecordColumns;
-      const int end = segment_begin(task, set.first_segment + s + 1) * kRecordColumns;
-      const int valid = min(end, task.columns) - begin;
-      const int copied = is_bulk ? valid : 0;
+    const XRows rows(params, task, set);
+    const int pitch = task.records * (kRecordColumns * 2) + kXPadBytes;
+    const int first_needed = set.begin % task.spans, num_items = set.end - set.begin;
+    const std::uint32_t buffer = places.x + ring.slot * range.x_bytes;
+    int total = 0, issuer = 0;
+    for (int i = 0; i < min(task.spans, num_items); ++i) {
+      const int span =
+          first_needed + i < task.spans ? first_needed + i : first_needed + i - task.spans;
+      const int begin = span * (kSpanRecords * kRecordColumns);
+      const int end = min(task.records * kRecordColumns, begin + kSpanRecords * kRecordColumns);
       for (int token = 0; token < set.num_tokens; ++token) {
-        const std::uint32_t row = to + (s * set.num_tokens + token) * pitch;
-        auto* place = reinterpret_cast<std::uint16_t*>(shared + (row - places.base));
-        const std::uint16_t* from = rows + token * params.x_stride + begin;
-        for (int k = copied + lane; k < end - begin; k += 32) {
-          place[k] = k < valid ? from[k] : std::uint16_t{0};
-        }
-        if (copied > 0 && token % 32 == lane) bulk_copy(row, from, copied * 2, full);
+        const std::uint32_t to = buffer + token * pitch + begin * 2;
+        total +=
+            copy_x(rows, token, begin, end, to, shared + (to - places.base), full, issuer, lane);
+        issuer = (issuer + 1) % 32;
       }
-      total += set.num_tokens * copied * 2;
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive_expect_tx(full, total);
     __syncwarp();
-    if (++buffer == range.x_buffers) {
-      buffer = 0;
-      parity ^= 1;
-    }
+    ring.advance(range.x_buffers);
   });
 }
 
-// What a consumer warp knows of itself.
+// x of every stage beside its records, [token][columns of the stage].
+__device__ __forceinline__ void fetch_stages(const SbmmLaunch& params, const SbmmCtaRange& range,
+                                             const SharedPlaces& places, unsigned char* shared,
+                                             int lane) {
+  Ring ring;
+  for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
+    const XRows rows(params, task, set);
+    const int stage_records = task.stage_records;
+    const int pitch = stage_records * (kRecordColumns * 2) + kXPadBytes;
+    for_each_block(task, set, [&](const Block& block) {
+      const int end = end_record(task, block);
+      for (int record = first_record(block); record < end; record += stage_records) {
+        const std::uint32_t full = places.base + SharedPlaces::kFull + 8 * ring.slot;
+        const std::uint32_t stage_x =
+            places.stages + ring.slot * range.stage_bytes + stage_records * task.record_bytes;
+        mbarrier_wait(places.base + SharedPlaces::kEmpty + 8 * ring.slot, ring.parity ^ 1);
+        async_proxy_fence();
+        const int first = record * kRecordColumns;
+        const int last = min(record + stage_records, end) * kRecordColumns;
+        int total = 0;
+        for (int token = 0; token < set.num_tokens; ++token) {
+          const std::uint32_t to = stage_x + token * pitch;
+          total +=
+              copy_x(rows, token, first, last, to, shared + (to - places.base), full, token, lane);
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive_expect_tx(full, total);
+        __syncwarp();
+        ring.advance(range.num_stages);
+      }
+    });
+  });
+}
+
+// A consumer warp.
 struct Consumer {
   int warp, lane;
   int pair, part;  // row pair, column part
+  Ring ring;
+  int num_blocks;  // finished
 };
 
-// acc = one segment, one warp's part. Frees the stages where is_last_pass.
+// A set with its task's format as constants. A function of its own, so that each format has its own
+// registers; what its loops read is copied first, or every barrier would have it loaded again.
 template <typename T, DeltaType kType, int kParts, int kTiles>
-__device__ __forceinline__ void multiply_segment(
-    float (&acc)[2][kMaxTiles][4], const SbmmCtaRange& range, const SharedPlaces& places,
-    const unsigned char* shared, const SbmmDeviceTask& task, const Consumer& me, int num_records,
-    Ring ring, bool is_last_pass, std::uint32_t (&b)[kMaxTiles],
-    const std::uint32_t (&b_step)[kMaxTiles]) {
-  float own[2][kTiles][4] = {};
-  const int record_bytes = task.record_bytes, scales_offset = task.scales_offset;
-  const int stage_records = task.stage_records;
-  int next = me.part;  // the warp's next record of the segment
-  for (int first = 0; first < num_records; first += stage_records) {
-    const int last = min(first + stage_records, num_records);
-    mbarrier_wait(places.base + SharedPlaces::kFull + 8 * ring.slot, ring.parity);
-    const unsigned char* stage =
-        shared + (places.stages - places.base) + ring.slot * range.stage_bytes;
-    for (; next < last; next += kColumnParts) {
-      std::uint32_t at[kTiles];
+__device__ __noinline__ void multiply_set(const SbmmLaunch& launch, const SbmmCtaRange& cta_range,
+                                          const SharedPlaces& places,
+                                          const SbmmDeviceTask& set_task, const XSet& task_set,
+                                          std::uint32_t x, Consumer& me) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const SbmmLaunch params = launch;
+  const SbmmCtaRange range = cta_range;
+  const SbmmDeviceTask task = set_task;
+  const XSet set = task_set;
+  const int stage_records = task.stage_records, record_bytes = task.record_bytes;
+  const int scales_offset = task.scales_offset;
+  const bool streams_x = range.x_buffers == 0;
+  const int pitch = (streams_x ? stage_records : task.records) * (kRecordColumns * 2) + kXPadBytes;
+  const std::uint32_t stages = places.stages, base = places.base;
+  const int stage_bytes = range.stage_bytes, num_stages = range.num_stages;
+  const int part = me.part, pair = me.pair, lane = me.lane, num_tokens = set.num_tokens;
+  Ring ring = me.ring;
+  BlockSums<T> sums(params, base + SharedPlaces::kSums,
+                    reinterpret_cast<float*>(shared + kBarrierBytes), range.sum_tokens, me.warp,
+                    lane, me.num_blocks);
+  // Absent tokens read the last one: columns of a product do not mix, and nobody stores theirs.
+  std::uint32_t token_at[kTiles];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) at[n] = b[n] + next * b_step[n];
-      multiply_record<T, kType, kParts, kTiles>(own, stage + (next - first) * record_bytes,
-                                                scales_offset, me.pair, me.lane, at);
-    }
-    if (is_last_pass) {
-      __syncwarp();
-      if (me.lane == 0) mbarrier_arrive(places.base + SharedPlaces::kEmpty + 8 * ring.slot);
-    }
-    ring.advance(range.num_stages);
+  for (int n = 0; n < kTiles; ++n) {
+    const int token = min(n * kTokenTile + lane % 8, num_tokens - 1);
+    token_at[n] = token * pitch + lane / 8 * 16 + x;
   }
+  for_each_block(task, set, [&](const Block& block) {
+    const bool is_whole = block.num_spans == task.spans;
+    const int slot = block.span > 0 ? range.first_slot : static_cast<int>(blockIdx.x);
+    float* scratch = params.scratch + static_cast<std::int64_t>(slot) * range.slot_floats;
+    const int end = end_record(task, block);
+    int record = first_record(block);
+    float total[2][kTiles][4] = {};
+    for (int span = block.span; record < end; ++span) {
+      float acc[2][kTiles][4] = {};
+      const int span_end = min(record + kSpanRecords, end);
+      for (; record < span_end; record += stage_records) {
+        const int num_records = min(stage_records, span_end - record);
+        const std::uint32_t stage = stages + ring.slot * stage_bytes;
+        const std::uint32_t x_here =
+            streams_x ? stage + stage_records * record_bytes : record * (kRecordColumns * 2);
+        mbarrier_wait(base + SharedPlaces::kFull + 8 * ring.slot, ring.parity);
+        for (int k = (part - record) & (kColumnParts - 1); k < num_records; k += kColumnParts) {
+          std::uint32_t at[kTiles];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
+          for (int n = 0; n < kTiles; ++n) at[n] = token_at[n] + x_here + k * (kRecordColumns * 2);
+          multiply_record<T, kType, kParts, kTiles>(acc, shared + (stage - base) + k * record_bytes,
+                                                    scales_offset, pair, lane, at);
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(base + SharedPlaces::kEmpty + 8 * ring.slot);
+        ring.advance(num_stages);
+      }
+      if (!is_whole) {
+        sums.put_span(scratch, span, task.piece_tokens, acc, num_tokens);
+      } else {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+        for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[r][n][i] = own[r][n][i];
+          for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[r][n][i] += acc[r][n][i];
+          }
+        }
+      }
     }
-  }
+    sums.finish_pending();
+    if (is_whole) sums.put(total, num_tokens);
+    sums.hand_over(task, set.first_token, num_tokens, block.row_block, block.num_spans, slot,
+                   scratch);
+  });
+  sums.finish_pending();
+  me.ring = ring;
+  me.num_blocks = sums.num_blocks();
 }
 
-// multiply_segment with the task's format as constants. Functions, not lambdas: these must be
-// inlined, or acc would go through local memory.
 template <typename T, DeltaType kType, int kParts, typename... Args>
 __device__ __forceinline__ void multiply_tiles(int num_tokens, Args&&... args) {
   if (num_tokens <= kTokenTile) {
-    multiply_segment<T, kType, kParts, 1>(args...);
+    multiply_set<T, kType, kParts, 1>(args...);
   } else {
-    multiply_segment<T, kType, kParts, kMaxTiles>(args...);
+    multiply_set<T, kType, kParts, kPassTokens / kTokenTile>(args...);
   }
 }
 template <typename T, DeltaType kType, typename... Args>
@@ -244,63 +342,23 @@ __device__ __forceinline__ void multiply_any(DeltaType type, Args&&... args) {
 
 template <typename T>
 __device__ __forceinline__ void consume(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                        const SharedPlaces& places, unsigned char* shared,
-                                        const Consumer& me) {
+                                        const SharedPlaces& places, Consumer me) {
   griddep_wait();
-  Ring ring;
-  int buffer = 0;
-  std::uint32_t x_parity = 0;
-  SegmentSums<T> sums(params, places.base + SharedPlaces::kSums,
-                      reinterpret_cast<float*>(shared + kBarrierBytes), range.sum_tiles, me.warp,
-                      me.lane);
+  Ring x_ring;
   for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    mbarrier_wait(places.base + SharedPlaces::kXFull + 8 * buffer, x_parity);
-    const std::uint32_t x = places.x + buffer * range.x_bytes + me.lane / 8 * 16;
-    const std::uint32_t zeros = places.base + SharedPlaces::kZeros + me.lane / 8 * 16;
-    const int pitch = task.segment_records * (kRecordColumns * 2) + kXPadBytes;
-    const int num_passes = (set.num_tokens + kPassTokens - 1) / kPassTokens;
-    int row_block = set.begin / set.num_segments, segment = set.begin % set.num_segments;
-    for (int item = set.begin; item < set.end; ++item) {
-      const int global_segment = set.first_segment + segment;
-      const int num_records =
-          segment_begin(task, global_segment + 1) - segment_begin(task, global_segment);
-      for (int pass = 0; pass < num_passes; ++pass) {
-        std::uint32_t b[kMaxTiles], b_step[kMaxTiles];
-        const int tokens_left = set.num_tokens - pass * kPassTokens;
-#pragma unroll
-        for (int n = 0; n < kMaxTiles; ++n) {
-          const int token = pass * kPassTokens + n * kTokenTile + me.lane % 8;
-          const bool is_here = token < set.num_tokens;
-          b[n] = is_here ? x + (segment * set.num_tokens + token) * pitch : zeros;
-          b_step[n] = is_here ? kRecordColumns * 2 : 0;
-        }
-        float acc[2][kMaxTiles][4];
-        const bool is_last_pass = pass + 1 == num_passes;
-        multiply_any<T>(task.type, task.scale_parts, tokens_left, acc, range, places, shared, task,
-                        me, num_records, ring, is_last_pass, b, b_step);
-        sums.finish_pending();
-        const bool is_whole = set.num_segments == task.segments && num_passes == 1 &&
-                              item - segment >= set.begin &&
-                              item - segment + set.num_segments <= set.end;
-        sums.put(task, set.first_token + pass * kPassTokens, tokens_left, row_block, global_segment,
-                 is_whole, acc);
-      }
-      for (int first = 0; first < num_records; first += task.stage_records) {
-        ring.advance(range.num_stages);
-      }
-      if (++segment == set.num_segments) {
-        segment = 0;
-        ++row_block;
-      }
+    std::uint32_t x = 0;
+    if (range.x_buffers > 0) {
+      mbarrier_wait(places.base + SharedPlaces::kXFull + 8 * x_ring.slot, x_ring.parity);
+      x = places.x + x_ring.slot * range.x_bytes;
     }
-    __syncwarp();
-    if (me.lane == 0) mbarrier_arrive(places.base + SharedPlaces::kXFree + 8 * buffer);
-    if (++buffer == range.x_buffers) {
-      buffer = 0;
-      x_parity ^= 1;
+    multiply_any<T>(task.type, task.scale_parts, set.num_tokens, params, range, places, task, set,
+                    x, me);
+    if (range.x_buffers > 0) {
+      __syncwarp();
+      if (me.lane == 0) mbarrier_arrive(places.base + SharedPlaces::kXFree + 8 * x_ring.slot);
+      x_ring.advance(range.x_buffers);
     }
   });
-  sums.finish_pending();
 }
 
 template <typename T>
@@ -309,29 +367,32 @@ __global__ void __launch_bounds__(kSbmmThreads, 1) sbmm_kernel(const SbmmLaunch 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const SbmmCtaRange range = params.ranges[blockIdx.x];
   const SharedPlaces places(smem_address(shared), range);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kMaxStages; ++i) {
-      mbarrier_init(places.base + SharedPlaces::kFull + 8 * i, 1);
-      mbarrier_init(places.base + SharedPlaces::kEmpty + 8 * i, kSbmmConsumerWarps);
-    }
-    for (int i = 0; i < 2; ++i) {
+  // A stage is full when its records and, where it rides along, its x have come.
+  if (warp == 0) {
+    if (lane < kMaxStages) {
+      mbarrier_init(places.base + SharedPlaces::kFull + 8 * lane, range.x_buffers == 0 ? 2 : 1);
+      mbarrier_init(places.base + SharedPlaces::kEmpty + 8 * lane, kSbmmConsumerWarps);
+    } else if (lane < kMaxStages + 2) {
+      const int i = lane - kMaxStages;
       mbarrier_init(places.base + SharedPlaces::kXFull + 8 * i, 1);
       mbarrier_init(places.base + SharedPlaces::kXFree + 8 * i, kSbmmConsumerWarps);
       mbarrier_init(places.base + SharedPlaces::kSums + 8 * i, kSbmmConsumerWarps);
     }
     mbarrier_init_fence();
   }
-  if (threadIdx.x < 64) {
-    reinterpret_cast<std::uint32_t*>(shared + SharedPlaces::kZeros)[threadIdx.x] = 0;
-  }
   __syncthreads();
   griddep_launch();
   if (warp == kSbmmConsumerWarps) {
     if (lane == 0) fetch_records(params, range, places);
   } else if (warp == kSbmmConsumerWarps + 1) {
-    fetch_x(params, range, places, shared, lane);
+    griddep_wait();
+    if (range.x_buffers > 0) {
+      fetch_sets(params, range, places, shared, lane);
+    } else {
+      fetch_stages(params, range, places, shared, lane);
+    }
   } else {
-    consume<T>(params, range, places, shared, {warp, lane, warp % kRowPairs, warp / kRowPairs});
+    consume<T>(params, range, places, {warp, lane, warp % kRowPairs, warp / kRowPairs, {}, 0});
   }
 }
 

@@ -1,7 +1,8 @@
 #pragma once
 
-// From the warps' partial sums of a segment to y. The order of additions is fixed by the matrix
-// alone: column parts (0 + 1) + (2 + 3), then segments from the first on, then y.
+// From the warps' sums of a row block to y. The order of additions is fixed by the matrix alone:
+// within a column part its records of a span, then spans from the first on; then the parts,
+// ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)); then y.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -71,162 +72,159 @@ __device__ __forceinline__ void store_output(const OutputPlace& place, bool is_f
   }
 }
 
-// The sum of one segment at a time, one behind. Warp w owns tokens w and w + 8 of a pass, lane l
-// rows 2 l and 2 l + 1. A row block whose segments this CTA has all goes straight to y; otherwise
-// each segment goes to scratch and whoever comes last, counted per row block and token, adds up.
+// The sum of one row block at a time, one behind. Warp w owns token w, lane l rows 2 l and 2 l + 1.
+// A row block that this CTA has whole goes through shared memory to y; of others every span of
+// every part goes to scratch, and whoever comes last, counted per token, adds up.
 template <typename T>
-class SegmentSums {
+class BlockSums {
  public:
-  __device__ SegmentSums(const SbmmLaunch& params, std::uint32_t barriers, float* sums,
-                         int sum_tiles, int warp, int lane)
+  __device__ BlockSums(const SbmmLaunch& params, std::uint32_t barriers, float* sums,
+                       int sum_tokens, int warp, int lane, int num_blocks)
       : params_(params),
         barriers_(barriers),
         sums_(sums),
-        buffer_floats_(sum_tiles * (kColumnParts * kTokenTile * kSumPitch)),
+        part_floats_(sum_tokens * kSumPitch),
         warp_(warp),
-        lane_(lane) {}
+        lane_(lane),
+        count_(num_blocks) {}
 
-  // Registers of mma into shared memory: [column part][token][64 rows]. To be called when the
-  // segment before is finished: then no warp still reads what this overwrites.
-  __device__ __forceinline__ void put(const SbmmDeviceTask& task, int first_token, int num_tokens,
-                                      int row_block, int segment, bool is_whole,
-                                      const float (&acc)[2][kMaxTiles][4]) {
-    const int tiles = num_tokens > kTokenTile ? kMaxTiles : 1;
-    float* to = buffer() + (warp_ / kRowPairs * tiles * kTokenTile) * kSumPitch +
-                warp_ % kRowPairs * 32 + lane_ / 4;
-#pragma unroll
-    for (int n = 0; n < kMaxTiles; ++n) {
-      if (n >= tiles) break;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = n * kTokenTile + lane_ % 4 * 2 + i;
-        if (token >= num_tokens) continue;
-        float* column = to + token * kSumPitch;
-        column[0] = acc[0][n][i];
-        column[8] = acc[0][n][2 + i];
-        column[16] = acc[1][n][i];
-        column[24] = acc[1][n][2 + i];
-      }
-    }
+  __device__ int num_blocks() const { return count_; }
+
+  // [column part][token][64 rows]. To be called when the row block before is finished: then no
+  // warp still reads what this overwrites.
+  template <int kTiles>
+  __device__ __forceinline__ void put(const float (&total)[2][kTiles][4], int num_tokens) {
+    store(buffer() + warp_ / kRowPairs * part_floats_, kSumPitch, total, num_tokens);
+  }
+  // Scratch of a slot: [span][column part][token][64 rows].
+  template <int kTiles>
+  __device__ __forceinline__ void put_span(float* slot, int span, int piece_tokens,
+                                           const float (&sum)[2][kTiles][4], int num_tokens) {
+    const std::int64_t part = span * kColumnParts + warp_ / kRowPairs;
+    store(slot + part * (piece_tokens * kRecordRows), kRecordRows, sum, num_tokens);
+  }
+
+  // All of the warp's put() or put_span() of a row block is done.
+  __device__ __forceinline__ void hand_over(const SbmmDeviceTask& task, int first_token,
+                                            int num_tokens, int row_block, int num_spans, int slot,
+                                            float* slot_scratch) {
+    is_whole_ = num_spans == task.spans;
+    if (!is_whole_) __threadfence();
     __syncwarp();
     if (lane_ == 0) mbarrier_arrive(barriers_ + 8 * (count_ & 1));
-    remember(task, first_token, num_tokens, row_block, segment, is_whole);
     is_pending_ = true;
+    is_mine_ = warp_ < num_tokens;
+    if (!is_mine_) return;
+    const int row = row_block * kRecordRows + 2 * lane_;
+    place_.num_rows = max(0, min(2, task.rows - row));
+    const std::int64_t y_row = task.first_row + first_token + warp_;
+    const std::int64_t offset = y_row * params_.y_stride + task.out_offset + row;
+    const int size = is_float() ? 4 : 2;
+    place_.y = static_cast<unsigned char*>(params_.y) + offset * size;
+    place_.is_vector =
+        place_.num_rows == 2 && reinterpret_cast<std::uintptr_t>(place_.y) % (2 * size) == 0;
+    if (is_whole_) {
+      y_before_ = load_output<T>(place_, is_float());  // asked for a row block before it is needed
+    } else {
+      scratch_ = slot_scratch + warp_ * kRecordRows + 2 * lane_;
+      counter_ = params_.counters + slot * kPassTokens + warp_;
+      num_spans_ = num_spans;
+      all_spans_ = task.spans;
+      part_stride_ = task.piece_tokens * kRecordRows;
+    }
   }
 
   __device__ __forceinline__ void finish_pending() {
     if (!is_pending_) return;
     mbarrier_wait(barriers_ + 8 * (count_ & 1), count_ >> 1 & 1);
+    if (is_mine_ && is_whole_) {
+      const float* from = buffer() + warp_ * kSumPitch + 2 * lane_;
+      float2 parts[kColumnParts];
 #pragma unroll
-    for (int n = 0; n < kMaxTiles; ++n) {
-      const int token = n * kTokenTile + warp_;
-      if (token < num_tokens_) finish_token(n, token);
+      for (int p = 0; p < kColumnParts; ++p) {
+        parts[p] = *reinterpret_cast<const float2*>(from + p * part_floats_);
+      }
+      add_to_output(parts, y_before_);
+    } else if (is_mine_) {
+      finish_shared();
     }
     ++count_;
     is_pending_ = false;
   }
 
  private:
-  __device__ __forceinline__ float* buffer() const { return sums_ + (count_ & 1) * buffer_floats_; }
-
-  __device__ __forceinline__ void remember(const SbmmDeviceTask& task, int first_token,
-                                           int num_tokens, int row_block, int segment,
-                                           bool is_whole) {
-    num_tokens_ = min(num_tokens, kPassTokens);
-    segment_ = segment;
-    num_segments_ = task.segments;
-    is_whole_ = is_whole;
-    const std::int64_t block_offset =
-        static_cast<std::int64_t>(row_block) * task.segments * task.num_rows + first_token;
-    scratch_ = params_.scratch + task.scratch_offset + block_offset * kRecordRows;
-    segment_stride_ = task.num_rows * kRecordRows;
-    counter_ = params_.counters + task.counter_offset + row_block * task.num_rows + first_token;
-    const int row = row_block * kRecordRows + 2 * lane_;
-    rows_here_ = max(0, min(2, task.rows - row));
-    const std::int64_t y_row = task.first_row + first_token;
-    y_offset_ = y_row * params_.y_stride + task.out_offset + row;
-    const int size = params_.y_dtype == DType::kFloat32 ? 4 : 2;
-    is_vector_ = rows_here_ == 2 && y_offset_ % 2 == 0 && params_.y_stride % 2 == 0 &&
-                 reinterpret_cast<std::uintptr_t>(params_.y) % (2 * size) == 0;
-    // y is asked for a segment before it is needed.
-    if (is_whole && segment + 1 == task.segments) {
-#pragma unroll
-      for (int n = 0; n < kMaxTiles; ++n) {
-        const int token = n * kTokenTile + warp_;
-        if (token < num_tokens_) y_before_[n] = load_output<T>(place(token), is_float());
-      }
-    }
+  __device__ __forceinline__ float* buffer() const {
+    return sums_ + (count_ & 1) * (kColumnParts * part_floats_);
   }
-
   __device__ __forceinline__ bool is_float() const { return params_.y_dtype == DType::kFloat32; }
 
-  __device__ __forceinline__ OutputPlace place(int token) const {
-    const std::int64_t offset = y_offset_ + token * params_.y_stride;
-    return {static_cast<unsigned char*>(params_.y) + offset * (is_float() ? 4 : 2), rows_here_,
-            is_vector_};
-  }
-
-  __device__ __forceinline__ void finish_token(int n, int token) {
-    const int tiles = num_tokens_ > kTokenTile ? kMaxTiles : 1;
-    const float* from = buffer() + token * kSumPitch + 2 * lane_;
-    float2 parts[kColumnParts];
+  // Registers of mma to [token][64 rows].
+  template <int kTiles>
+  __device__ __forceinline__ void store(float* part, int pitch, const float (&sum)[2][kTiles][4],
+                                        int num_tokens) {
+    float* to = part + warp_ % kRowPairs * 32 + lane_ / 4;
 #pragma unroll
-    for (int p = 0; p < kColumnParts; ++p) {
-      parts[p] = *reinterpret_cast<const float2*>(from + p * tiles * kTokenTile * kSumPitch);
-    }
-    const float2 sum{(parts[0].x + parts[1].x) + (parts[2].x + parts[3].x),
-                     (parts[0].y + parts[1].y) + (parts[2].y + parts[3].y)};
-    if (is_whole_) {
-      run_[n].x = segment_ == 0 ? sum.x : run_[n].x + sum.x;
-      run_[n].y = segment_ == 0 ? sum.y : run_[n].y + sum.y;
-      if (segment_ + 1 == num_segments_) {
-        store_output<T>(place(token), is_float(),
-                        {y_before_[n].x + run_[n].x, y_before_[n].y + run_[n].y});
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = n * kTokenTile + lane_ % 4 * 2 + i;
+        if (token >= num_tokens) continue;
+        float* column = to + token * pitch;
+        column[0] = sum[0][n][i];
+        column[8] = sum[0][n][2 + i];
+        column[16] = sum[1][n][i];
+        column[24] = sum[1][n][2 + i];
       }
-    } else {
-      finish_shared(token, sum);
     }
   }
 
-  __device__ __forceinline__ void finish_shared(int token, float2 sum) {
-    float* mine = scratch_ + token * kRecordRows + 2 * lane_;
-    __stcg(reinterpret_cast<float2*>(mine + static_cast<std::int64_t>(segment_) * segment_stride_),
-           sum);
+  __device__ __forceinline__ void add_to_output(const float2 (&p)[kColumnParts], float2 y) {
+    static_assert(kColumnParts == 8);
+    const float x =
+        ((p[0].x + p[1].x) + (p[2].x + p[3].x)) + ((p[4].x + p[5].x) + (p[6].x + p[7].x));
+    const float z =
+        ((p[0].y + p[1].y) + (p[2].y + p[3].y)) + ((p[4].y + p[5].y) + (p[6].y + p[7].y));
+    store_output<T>(place_, is_float(), {y.x + x, y.y + z});
+  }
+
+  __device__ __forceinline__ void finish_shared() {
     __threadfence();
-    __syncwarp();
     int before = 0;
-    if (lane_ == 0) before = atomicAdd(counter_ + token, 1);
+    if (lane_ == 0) before = atomicAdd(counter_, num_spans_);
     before = __shfl_sync(0xFFFFFFFFu, before, 0);
-    if (before + 1 != num_segments_) return;
+    if (before + num_spans_ != all_spans_) return;
     __threadfence();
-    float2 total = __ldcg(reinterpret_cast<const float2*>(mine));
-#pragma unroll 4
-    for (int segment = 1; segment < num_segments_; ++segment) {
-      const float2 next = __ldcg(reinterpret_cast<const float2*>(
-          mine + static_cast<std::int64_t>(segment) * segment_stride_));
-      total.x += next.x;
-      total.y += next.y;
+    const float2 y = load_output<T>(place_, is_float());
+    float2 parts[kColumnParts] = {};
+    const float* from = scratch_;
+#pragma unroll 2
+    for (int span = 0; span < all_spans_; ++span) {
+#pragma unroll
+      for (int p = 0; p < kColumnParts; ++p) {
+        const float2 next = __ldcg(reinterpret_cast<const float2*>(from));
+        parts[p].x += next.x;
+        parts[p].y += next.y;
+        from += part_stride_;
+      }
     }
-    const float2 y = load_output<T>(place(token), is_float());
-    store_output<T>(place(token), is_float(), {y.x + total.x, y.y + total.y});
-    if (lane_ == 0) counter_[token] = 0;  // ready for the next launch
+    add_to_output(parts, y);
+    if (lane_ == 0) *counter_ = 0;  // ready for the next launch
   }
 
   const SbmmLaunch& params_;
   std::uint32_t barriers_;
   float* sums_;
-  int buffer_floats_;  // the same for all segments of a launch: the other buffer is being read
+  int part_floats_;  // the same for all tasks of a launch: the other buffer is being read
   int warp_, lane_;
-  int count_ = 0;  // segments finished
+  int count_;  // row blocks finished
   bool is_pending_ = false;
-  // Of the pending segment:
-  int num_tokens_ = 0, segment_ = 0, num_segments_ = 0, segment_stride_ = 0, rows_here_ = 0;
-  bool is_whole_ = false, is_vector_ = false;
-  std::int64_t y_offset_ = 0;
+  // Of the pending row block:
+  bool is_mine_ = false, is_whole_ = false;
+  OutputPlace place_{};
+  float2 y_before_{};
   float* scratch_ = nullptr;
   std::int32_t* counter_ = nullptr;
-  float2 y_before_[kMaxTiles] = {};
-  float2 run_[kMaxTiles] = {};
+  int num_spans_ = 0, all_spans_ = 0, part_stride_ = 0;
 };
 
 }  // namespace deltazip::cuda

@@ -2,39 +2,43 @@
 
 // The host's part of SBMM: which CTA does what. Plain integers, no CUDA.
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "backend/cuda/kernels/sbmm/config.h"
 #include "backend/cuda/kernels/sbmm/record.h"
 #include "deltazip/backend/params.h"
 
 namespace deltazip::cuda {
 
-// A task as the kernel reads it. Its items are (piece of tokens, panel of segments, row block,
-// segment), the last fastest; a panel's x stands in shared memory while its row blocks pass.
+// A task as the kernel reads it. Its items are (piece of tokens, row block, span), the last
+// fastest.
 struct SbmmDeviceTask {
   const void* data;
-  std::int64_t scratch_offset;  // floats: [row block][segment][token][64 rows]
-  std::int32_t counter_offset;  // [row block][token]
   std::int32_t first_row, num_rows;
   std::int32_t out_offset, rows, columns;
-  std::int32_t row_blocks, records, segments;
-  std::int32_t segment_floor, longer_segments;  // records of a segment; the first few have one more
-  std::int32_t piece_tokens, panel_segments;
+  std::int32_t row_blocks, records, spans;
+  std::int32_t piece_tokens;
   std::int32_t record_bytes, scales_offset;
   std::int32_t num_items;
   DeltaType type;
-  std::uint8_t scale_parts, stage_records, segment_records;
+  std::uint8_t scale_parts, stage_records;
 };
 
 // Items [first_item of first_task, last_item of last_task), and how shared memory is divided.
 struct SbmmCtaRange {
   std::int32_t first_task, first_item, last_task, last_item;
+  // A row block that several CTAs share has the scratch and counters of the CTA with its first
+  // span: first_slot for the one that this range begins within.
+  std::int32_t first_slot;
+  // The same for all CTAs:
+  std::int32_t slot_floats;
   std::int32_t stage_bytes, num_stages;
-  std::int32_t x_buffers, x_bytes;  // of one buffer
-  std::int32_t sum_tiles;           // token tiles of the largest partial sum
+  std::int32_t x_buffers, x_bytes;  // of one buffer; no buffers: x rides in the stages
+  std::int32_t sum_tokens;          // of the largest piece
 };
 
 // Sizes depend on the number of tasks and CTAs only, so a recorded launch may be refreshed.
@@ -45,9 +49,20 @@ struct SbmmPlan {
   std::size_t num_counters = 0;
 };
 
+// What measurement chooses; the defaults are what it chose.
+struct SbmmTuning {
+  std::array<std::uint8_t, 5> records_per_stage = {
+      stage_records(DeltaType::kSparse24Int4), stage_records(DeltaType::kSparse24Int2),
+      stage_records(DeltaType::kSparse24Ternary), stage_records(DeltaType::kDenseInt4),
+      stage_records(DeltaType::kDenseInt8)};  // by DeltaType; divisors of kSpanRecords
+  std::int32_t ring_bytes = kRingBytesWanted;
+  bool always_streams_x = false;
+};
+
 struct SbmmLimits {
   std::int32_t num_ctas = 0;
   std::size_t scratch_floats = 0, num_counters = 0;  // what there is
+  SbmmTuning tuning = {};
 };
 
 // Tasks with no data or no rows get no items. Where the scratch does not suffice, CTAs take whole
