@@ -52,7 +52,7 @@ __device__ __forceinline__ void for_each_set(const SbmmLaunch& params, const Sbm
                                              Body&& body) {
   for (int index = range.first_task; index <= range.last_task; ++index) {
     // A copy: stores to y might alias a reference, and every field would be loaded again.
-    const SbmmDeviceTask task = params.tasks[index];
+    const SbmmDeviceTask task = index == range.first_task ? range.task : params.tasks[index];
     int item = index == range.first_task ? range.first_item : 0;
     const int last = index == range.last_task ? range.last_item : task.num_items;
     if (item >= last) continue;

@@ -126,6 +126,7 @@ void share_items(SbmmPlan& plan, std::int32_t num_ctas, const SbmmCtaRange& divi
     SbmmCtaRange& range = plan.ranges[static_cast<std::size_t>(cta)];
     range = next;
     range.first_slot = slot;
+    if (num_tasks > 0) range.task = plan.tasks[static_cast<std::size_t>(range.first_task)];
     const std::int64_t until = total * (cta + 1) / num_ctas;
     while (at + 1 < num_tasks) {
       const std::int64_t cost = task_cost(plan.tasks[at], streams_x);

@@ -39,6 +39,8 @@ struct SbmmCtaRange {
   std::int32_t stage_bytes, num_stages;
   std::int32_t x_buffers, x_bytes;  // of one buffer; no buffers: x rides in the stages
   std::int32_t sum_tokens;          // of the largest piece
+  // A copy of the first task: every dependent load costs a launch of 12 us half a microsecond.
+  SbmmDeviceTask task;
 };
 
 // Sizes depend on the number of tasks and CTAs only, so a recorded launch may be refreshed.
