@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -132,6 +133,72 @@ class MemoryPool {
   cudaStream_t stream_ = nullptr;
 };
 
+// Pinned memory. Pinning is slow and unpinning waits for the device, so the last buffers given back
+// are kept: a variant read in has mostly the size of the one that made room for it. Any thread.
+class PinnedPool {
+ public:
+  explicit PinnedPool(int device) : device_(device) { idle_.reserve(kMaxIdle); }
+  ~PinnedPool() { clear(); }
+  PinnedPool(const PinnedPool&) = delete;
+  PinnedPool& operator=(const PinnedPool&) = delete;
+
+  struct Block {
+    void* data = nullptr;
+    std::size_t num_bytes = 0;
+  };
+
+  Block allocate(std::size_t num_bytes) {
+    if (const Block found = take(num_bytes); found.data != nullptr) return found;
+    use_device(device_);
+    Block block{nullptr, num_bytes};
+    const auto pin = [&] { return cudaHostAlloc(&block.data, num_bytes, cudaHostAllocPortable); };
+    cudaError_t error = pin();
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // not sticky; clear it
+      clear();
+      error = pin();
+    }
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      detail::fail<ResourceExhausted>("cuda: cannot pin ", num_bytes,
+                                      " bytes of host memory: ", cudaGetErrorString(error));
+    }
+    return block;
+  }
+  void free(Block block) {
+    const std::lock_guard lock(mutex_);
+    if (idle_.size() == kMaxIdle) {
+      cudaFreeHost(idle_.front().data);
+      idle_.erase(idle_.begin());
+    }
+    idle_.push_back(block);
+  }
+
+ private:
+  static constexpr std::size_t kMaxIdle = 2;  // no budget counts them
+
+  // An idle block that wastes at most an eighth of itself; else none.
+  Block take(std::size_t num_bytes) {
+    const std::lock_guard lock(mutex_);
+    const auto found = std::ranges::find_if(idle_, [&](const Block& each) {
+      return num_bytes <= each.num_bytes && each.num_bytes - each.num_bytes / 8 <= num_bytes;
+    });
+    if (found == idle_.end()) return {};
+    const Block block = *found;
+    idle_.erase(found);
+    return block;
+  }
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    for (const Block& each : idle_) cudaFreeHost(each.data);
+    idle_.clear();
+  }
+
+  int device_;
+  std::mutex mutex_;
+  std::vector<Block> idle_;
+};
+
 float as_float(float value) { return value; }
 float as_float(Half value) { return to_float(value); }
 float as_float(BFloat16 value) { return to_float(value); }
@@ -160,6 +227,7 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const DeviceInfo& info)
       : info_(info),
         pool_(std::make_shared<MemoryPool>(info.device)),
+        pinned_(std::make_shared<PinnedPool>(info.device)),
         ops_(info),
         graphs_(ops_.args()) {
     cudaDeviceProp properties{};
@@ -196,16 +264,10 @@ class CudaBackend final : public Backend {
             std::shared_ptr<void>(data, [pool = pool_](void* memory) { pool->free(memory); })};
   }
   Buffer allocate_host(std::size_t num_bytes) override {
-    use_device(info_.device);
-    void* data = nullptr;
-    const cudaError_t error =
-        cudaHostAlloc(&data, std::max<std::size_t>(num_bytes, 1), cudaHostAllocPortable);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // not sticky; clear it
-      detail::fail<ResourceExhausted>("cuda: cannot pin ", num_bytes,
-                                      " bytes of host memory: ", cudaGetErrorString(error));
-    }
-    return {data, num_bytes, std::shared_ptr<void>(data, [](void* p) { cudaFreeHost(p); })};
+    const PinnedPool::Block block = pinned_->allocate(std::max<std::size_t>(num_bytes, 1));
+    return {
+        block.data, num_bytes,
+        std::shared_ptr<void>(block.data, [pool = pinned_, block](void*) { pool->free(block); })};
   }
   std::unique_ptr<Stream> create_stream() override {
     return std::make_unique<CudaStream>(info_.device);
@@ -278,6 +340,7 @@ class CudaBackend final : public Backend {
   DeviceInfo info_;
   std::string description_;
   std::shared_ptr<MemoryPool> pool_;  // buffers may outlive the backend
+  std::shared_ptr<PinnedPool> pinned_;
   CudaOps ops_;
   StepGraphs graphs_;
 };

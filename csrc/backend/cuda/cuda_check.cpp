@@ -10,6 +10,10 @@ void fail_cuda(cudaError_t error, const char* what) {
   throw InternalError(text);
 }
 
-void use_device(int device) { DZ_CUDA(cudaSetDevice(device)); }
+void use_device(int device) {
+  int current = -1;
+  // Asked for before every op: reading is much cheaper than setting.
+  if (cudaGetDevice(&current) != cudaSuccess || current != device) DZ_CUDA(cudaSetDevice(device));
+}
 
 }  // namespace deltazip::cuda

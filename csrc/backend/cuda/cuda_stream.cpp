@@ -17,6 +17,10 @@ void CudaStream::synchronize() {
   for (const std::function<void()>& call : std::exchange(calls_, {})) call();
 }
 
-CudaStream& to_cuda(Stream& stream) { return dynamic_cast<CudaStream&>(stream); }
+CudaStream& to_cuda(Stream& stream) {
+  auto& cuda_stream = dynamic_cast<CudaStream&>(stream);
+  use_device(cuda_stream.device());
+  return cuda_stream;
+}
 
 }  // namespace deltazip::cuda

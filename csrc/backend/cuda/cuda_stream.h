@@ -19,6 +19,7 @@ class CudaStream final : public Stream {
 
   void synchronize() override;
   cudaStream_t get() const { return stream_; }
+  int device() const { return device_; }
   // Called by synchronize(), once, after the stream has passed: unpacks what came back.
   void when_passed(std::function<void()> call) { calls_.push_back(std::move(call)); }
 
@@ -28,6 +29,8 @@ class CudaStream final : public Stream {
   std::vector<std::function<void()>> calls_;
 };
 
+// Makes the stream's device the calling thread's, since work for it follows: allocations and
+// kernel attributes go to the current device, whatever stream is meant.
 CudaStream& to_cuda(Stream& stream);
 
 }  // namespace deltazip::cuda

@@ -16,9 +16,9 @@
 namespace deltazip::cuda {
 namespace {
 
-// Sequences that scratch is made for at first: 136 MB with 32 heads of 128. Growing later would
-// meet a device whose memory the KV cache has taken.
-constexpr std::int32_t kLeastSequences = 256;
+// What scratch is made for at first, 136 MB: growing later would meet a device whose memory the KV
+// cache has taken, as the engine plans with what is free once the backend stands.
+constexpr std::int32_t kLeastSequences = 256, kLeastHeads = 32, kLeastHeadDim = 128;
 
 struct DeviceFree {
   void operator()(std::byte* memory) const { cudaFree(memory); }
@@ -27,13 +27,13 @@ struct DeviceFree {
 // Partial results of split contexts and the counters that say when all are there.
 class Scratch {
  public:
-  Scratch(std::int32_t num_sequences, std::int32_t num_heads, std::int32_t head_dim,
-          CudaStream& stream)
+  Scratch(std::int32_t num_sequences, std::int32_t num_heads, std::int32_t head_dim)
       : head_dim_(head_dim), size_(attention_scratch_size(num_sequences, num_heads, head_dim)) {
     void* memory = nullptr;
     DZ_CUDA(cudaMalloc(&memory, size_.num_bytes));
     memory_.reset(static_cast<std::byte*>(memory));
-    DZ_CUDA(cudaMemsetAsync(counters(), 0, size_.counters * sizeof(std::uint32_t), stream.get()));
+    DZ_CUDA(cudaMemset(counters(), 0, size_.counters * sizeof(std::uint32_t)));
+    DZ_CUDA(cudaDeviceSynchronize());
   }
   bool holds(const AttentionShape& shape) const {
     return attention_scratch_size(shape.num_sequences, shape.num_heads, shape.head_dim).counters <=
@@ -85,13 +85,13 @@ void check(const PagedAttentionParams& params) {
 
 struct CudaOps::AttentionState {
   // The scratch of a shape. What a recorded step holds must stay, so a larger one is added.
-  const Scratch& scratch(const AttentionShape& shape, StepMode mode, CudaStream& stream) {
+  const Scratch& scratch(const AttentionShape& shape, StepMode mode) {
     const auto found = std::find_if(scratches.begin(), scratches.end(),
                                     [&](const auto& each) { return each->holds(shape); });
     if (found != scratches.end()) return **found;
     DZ_INTERNAL(mode == StepMode::kEager, "a recorded step has not run eagerly before");
     const std::int32_t most = std::max({kLeastSequences, 2 * largest, shape.num_sequences});
-    scratches.push_back(std::make_unique<Scratch>(most, shape.num_heads, shape.head_dim, stream));
+    scratches.push_back(std::make_unique<Scratch>(most, shape.num_heads, shape.head_dim));
     largest = most;
     return *scratches.back();
   }
@@ -121,7 +121,10 @@ struct CudaOps::AttentionState {
 };
 
 std::shared_ptr<CudaOps::AttentionState> CudaOps::make_attention_state() {
-  return std::make_shared<AttentionState>();
+  auto state = std::make_shared<AttentionState>();
+  state->scratches.push_back(
+      std::make_unique<Scratch>(kLeastSequences, kLeastHeads, kLeastHeadDim));
+  return state;
 }
 
 void CudaOps::run(const PagedAttentionParams& params, Stream& stream) {
@@ -136,7 +139,7 @@ void CudaOps::run(const PagedAttentionParams& params, Stream& stream) {
   const std::int32_t* plan = args_.put_tail(state.plan.words(), cuda_stream);
   if (!args_.launching()) return;
 
-  const Scratch& scratch = state.scratch(shape, args_.mode(), cuda_stream);
+  const Scratch& scratch = state.scratch(shape, args_.mode());
   if (state.prepared.emplace(params.dtype, cache.head_dim).second) {
     prepare_paged_attention(params.dtype, cache.head_dim);
   }

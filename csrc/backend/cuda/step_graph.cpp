@@ -28,9 +28,14 @@ StepGraphs::~StepGraphs() {
 void StepGraphs::run(const StepKey& key, CudaStream& stream, const std::function<void()>& body) {
   const auto [found, is_new] = steps_.try_emplace(key);
   Recorded& step = found->second;
-  if (is_new) return body();
   if (step.graph == nullptr) {
-    record(step, stream, body);
+    try {
+      if (is_new) return body();
+      record(step, stream, body);
+    } catch (...) {
+      steps_.erase(found);  // what its eager step should have made may be missing: it starts anew
+      throw;
+    }
   } else {
     const Turn turn(args_, StepMode::kReplay);
     body();
@@ -53,11 +58,11 @@ void StepGraphs::record(Recorded& step, CudaStream& stream, const std::function<
     throw;
   }
   DZ_CUDA(cudaStreamEndCapture(stream.get(), &graph));
+  args_.upload(stream);
   const cudaError_t error = cudaGraphInstantiate(&step.graph, graph, 0);
   cudaGraphDestroy(graph);
   check_cuda(error, "cudaGraphInstantiate");
   step.argument_bytes = args_.num_bytes();
-  args_.upload(stream);
 }
 
 }  // namespace deltazip::cuda

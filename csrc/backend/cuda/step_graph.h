@@ -12,8 +12,8 @@
 namespace deltazip::cuda {
 
 // Steps recorded as CUDA graphs, one for each key. The first time a key comes its step runs
-// eagerly, so that everything made on first use is made; the second time it is recorded. Engine
-// thread.
+// eagerly, so that everything made on first use is made; the second time it is recorded. A step
+// that throws before its graph exists is forgotten. Engine thread.
 class StepGraphs {
  public:
   explicit StepGraphs(StepArgs& args) : args_(args) {}

@@ -295,23 +295,29 @@ TEST_P(StepTest, AReplayedStepHasItsOwnContents) {
   }
 }
 
-// A refused step, whether it would have been recorded or replayed, leaves the next ones alone.
+// A refused step, the first of its key, one to be recorded or one to be replayed, leaves the next
+// ones alone.
 TEST_P(StepTest, AFailedStepIsForgotten) {
   Layer layer(*opened_.backend, *opened_.stream, 4, rng_);
-  const StepKey key{7, 7, 7, 7};
-  for (int round = 0; round < 4; ++round) {
-    const Content content = layer.random_content(rng_);
-    Content wrong = content;
-    wrong.second_gains.pop_back();
-    layer.reset();
-    EXPECT_THROW(
-        opened_.backend->run_step(key, *opened_.stream, [&] { layer.launch(wrong, false); }),
-        InvalidArgument);
-    opened_.stream->synchronize();
-    const Result expected = run_eagerly(layer, content, true);
-    layer.reset();
-    opened_.backend->run_step(key, *opened_.stream, [&] { layer.launch(content, false); });
-    EXPECT_EQ(layer.result(), expected) << "round " << round;
+  for (std::int32_t num_before = 0; num_before < 4; ++num_before) {
+    const StepKey key{7, 7, 7, num_before};
+    for (std::int32_t round = 0; round < num_before + 3; ++round) {
+      const Content content = layer.random_content(rng_);
+      if (round == num_before) {
+        Content wrong = content;
+        wrong.second_gains.pop_back();
+        layer.reset();
+        EXPECT_THROW(
+            opened_.backend->run_step(key, *opened_.stream, [&] { layer.launch(wrong, false); }),
+            InvalidArgument);
+        opened_.stream->synchronize();
+      }
+      const Result expected = run_eagerly(layer, content, true);
+      layer.reset();
+      opened_.backend->run_step(key, *opened_.stream, [&] { layer.launch(content, false); });
+      EXPECT_EQ(layer.result(), expected)
+          << "round " << round << ", failed after " << num_before << " steps";
+    }
   }
 }
 
