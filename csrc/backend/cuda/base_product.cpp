@@ -20,8 +20,10 @@ constexpr std::size_t kChainBytes = std::size_t{128} << 20;
 constexpr std::size_t kMinChain = 8, kMaxChain = 32;
 
 std::int64_t bucket(std::int64_t num_tokens) {
-  return num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : base_gemm::kMaxTokens;
+  return num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : BaseProduct::kMaxStreamTokens;
 }
+
+static_assert(BaseProduct::kMaxStreamTokens <= base_gemm::kMaxTokens);
 
 }  // namespace
 
@@ -50,8 +52,9 @@ StreamGemm BaseProduct::stream_params(const LtProduct& p) const {
 }
 
 bool BaseProduct::streams(const LtProduct& product) const {
-  return compute_capability_ >= 90 && product.y_stride == product.out_features &&
-         product.out_features <= kMaxOutFeatures && stream_gemm_takes(stream_params(product));
+  return compute_capability_ >= 90 && product.num_tokens <= kMaxStreamTokens &&
+         product.y_stride == product.out_features && product.out_features <= kMaxOutFeatures &&
+         stream_gemm_takes(stream_params(product));
 }
 
 template <typename F>

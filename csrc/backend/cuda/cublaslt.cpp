@@ -22,8 +22,12 @@ namespace {
 // More than the 50 MB of L2, so that the same bytes serve to empty it between measurements.
 constexpr std::size_t kWorkspaceBytes = std::size_t{64} << 20;
 constexpr int kMaxCandidates = 8;
+// Up to so many rows a product is its weights' bytes, and takes microseconds.
 constexpr std::int64_t kFewTokens = 128;
-constexpr int kFewTokenRepetitions = 5, kManyTokenRepetitions = 2;
+constexpr int kFewTokenRepetitions = 5;
+// Of many rows all candidates run once, those within 5 % of the best twice more.
+constexpr float kCloseToBest = 1.05F;
+constexpr int kManyTokenRepetitions = 2;
 
 // A major version of the library goes with one of the toolkit.
 constexpr int kMajorVersion = CUDART_VERSION / 1000;
@@ -150,17 +154,15 @@ struct Problem {
 using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType, DType,
                        std::uint32_t, std::uint32_t, std::uint32_t>;
 
-// An algorithm serves all numbers of rows that round up to the same.
-std::int64_t rounded_tokens(std::int64_t num_tokens) {
-  const std::int64_t step = num_tokens <= 8 ? 0 : num_tokens <= 64 ? 16 : 32;
-  if (step > 0 && num_tokens <= 128) return (num_tokens + step - 1) / step * step;
-  return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(num_tokens)));
-}
-
 Key key_of(const LtProduct& p) {
-  const auto tokens = rounded_tokens(p.num_tokens);
+  const auto tokens = CublasLt::bucket(p.num_tokens);
   return {tokens,    p.in_features,  p.out_features,      p.y_stride,    p.dtype,
           p.y_dtype, alignment(p.x), alignment(p.weight), alignment(p.y)};
+}
+
+// Tiles that suit the top of a wide bucket need not suit its bottom, which is half as much work.
+bool represents_bucket(std::int64_t num_tokens) {
+  return num_tokens <= kFewTokens || 4 * num_tokens >= 3 * CublasLt::bucket(num_tokens);
 }
 
 }  // namespace
@@ -169,6 +171,7 @@ struct CublasLt::Impl {
   struct Choice {
     std::optional<lt::Algorithm> algorithm;  // none: the library has none
     std::int64_t num_tokens = 0;             // for which it was asked
+    bool is_final = false;                   // measured, or without alternative
   };
 
   Impl() {
@@ -183,8 +186,9 @@ struct CublasLt::Impl {
   Impl& operator=(const Impl&) = delete;
 
   std::vector<lt::Algorithm> candidates(const Problem& problem, const LtProduct& product);
-  Choice choose(const Problem& problem, const LtProduct& product, LtChoice how,
-                cudaStream_t stream);
+  Choice first_choice(const LtProduct& product, std::int64_t num_tokens);
+  Choice measured_choice(const LtProduct& product, cudaStream_t stream);
+  const Choice& choose(const LtProduct& product, LtChoice how, cudaStream_t stream);
   lt::Status launch(const Problem& problem, const LtProduct& p, const lt::Algorithm& algorithm,
                     cudaStream_t stream) {
     const float one = 1.0F, zero = 0.0F;
@@ -226,50 +230,79 @@ std::vector<lt::Algorithm> CublasLt::Impl::candidates(const Problem& problem,
   return out;
 }
 
-CublasLt::Impl::Choice CublasLt::Impl::choose(const Problem& problem, const LtProduct& product,
-                                              LtChoice how, cudaStream_t stream) {
-  const std::vector<lt::Algorithm> all = candidates(problem, product);
-  Choice choice{std::nullopt, product.num_tokens};
-  if (all.empty()) return choice;
-  choice.algorithm = all.front();
-  if (how == LtChoice::kFirst || all.size() == 1) return choice;
-  const int repetitions =
-      product.num_tokens <= kFewTokens ? kFewTokenRepetitions : kManyTokenRepetitions;
-  float best = std::numeric_limits<float>::infinity();
-  for (const lt::Algorithm& algorithm : all) {
-    if (launch(problem, product, algorithm, stream) != lt::kSuccess) continue;
-    // An algorithm runs once unmeasured: its code is loaded then.
-    const float ms =
-        least_ms([&] { api.check(launch(problem, product, algorithm, stream), "Matmul"); },
-                 repetitions, workspace, kWorkspaceBytes, stream);
-    if (ms >= best) continue;
-    best = ms;
-    choice.algorithm = algorithm;
-  }
+CublasLt::Impl::Choice CublasLt::Impl::first_choice(const LtProduct& product,
+                                                    std::int64_t num_tokens) {
+  LtProduct other = product;
+  other.num_tokens = num_tokens;
+  const std::vector<lt::Algorithm> all = candidates(Problem(api, other), other);
+  Choice choice{std::nullopt, num_tokens, all.size() <= 1};
+  if (!all.empty()) choice.algorithm = all.front();
   return choice;
+}
+
+CublasLt::Impl::Choice CublasLt::Impl::measured_choice(const LtProduct& product,
+                                                       cudaStream_t stream) {
+  const Problem problem(api, product);
+  const std::vector<lt::Algorithm> all = candidates(problem, product);
+  std::vector<float> times(all.size(), std::numeric_limits<float>::infinity());
+  const auto time = [&](std::size_t i, int repetitions) {
+    const auto run = [&] { api.check(launch(problem, product, all[i], stream), "Matmul"); };
+    times[i] = std::min(times[i], least_ms(run, repetitions, workspace, kWorkspaceBytes, stream));
+  };
+  const bool is_short = product.num_tokens <= kFewTokens;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    // An algorithm runs once unmeasured: its code is loaded then.
+    if (launch(problem, product, all[i], stream) != lt::kSuccess) continue;
+    time(i, is_short ? kFewTokenRepetitions : 1);
+  }
+  Choice choice{std::nullopt, product.num_tokens, true};
+  if (all.empty()) return choice;
+  if (!is_short) {
+    const float bound = kCloseToBest * *std::ranges::min_element(times);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (times[i] <= bound) time(i, kManyTokenRepetitions);
+    }
+  }
+  choice.algorithm = all[static_cast<std::size_t>(std::ranges::min_element(times) - times.begin())];
+  return choice;
+}
+
+const CublasLt::Impl::Choice& CublasLt::Impl::choose(const LtProduct& product, LtChoice how,
+                                                     cudaStream_t stream) {
+  const Key key = key_of(product);
+  const bool measures = how == LtChoice::kMeasure && represents_bucket(product.num_tokens);
+  auto known = choices.find(key);
+  if (known == choices.end()) {
+    known = choices.emplace(key, first_choice(product, CublasLt::bucket(product.num_tokens))).first;
+  }
+  if (measures && !known->second.is_final) known->second = measured_choice(product, stream);
+  return known->second;
 }
 
 CublasLt::CublasLt() : impl_(std::make_unique<Impl>()) {}
 CublasLt::~CublasLt() = default;
 
+std::int64_t CublasLt::bucket(std::int64_t num_tokens) {
+  const std::int64_t step = num_tokens <= 8 ? 0 : num_tokens <= 64 ? 16 : 32;
+  if (step > 0 && num_tokens <= kFewTokens) return (num_tokens + step - 1) / step * step;
+  return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(num_tokens)));
+}
+
 bool CublasLt::run(const LtProduct& product, LtChoice choice, cudaStream_t stream) {
   Impl& lt = *impl_;
+  Impl::Choice chosen = lt.choose(product, choice, stream);
+  if (!chosen.algorithm) return false;
   const Problem problem(lt.api, product);
-  const Key key = key_of(product);
-  const auto known = lt.choices.find(key);
-  Impl::Choice chosen =
-      known != lt.choices.end() ? known->second : lt.choose(problem, product, choice, stream);
-  if (known == lt.choices.end() && choice == LtChoice::kMeasure) lt.choices.emplace(key, chosen);
-  if (chosen.algorithm && chosen.num_tokens != product.num_tokens) {
+  if (chosen.num_tokens != product.num_tokens) {
     lt::HeuristicResult result{};
     const lt::Status status =
         lt.api.matmul_algo_check(lt.handle, problem.operation, problem.weight, problem.x, problem.y,
                                  problem.y, &*chosen.algorithm, &result);
     if (status != lt::kSuccess || result.workspace_bytes > kWorkspaceBytes) {
-      chosen = lt.choose(problem, product, LtChoice::kFirst, stream);
+      chosen = lt.first_choice(product, product.num_tokens);
+      if (!chosen.algorithm) return false;
     }
   }
-  if (!chosen.algorithm) return false;
   lt.api.check(lt.launch(problem, product, *chosen.algorithm, stream), "Matmul");
   return true;
 }

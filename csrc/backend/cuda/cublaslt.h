@@ -23,14 +23,17 @@ struct LtProduct {
 };
 
 // Whether an algorithm may be chosen by running all candidates now, on the operands themselves.
-// Not while a stream is captured: then it is the library's own first choice.
+// Not while a stream is captured: then it is what is known, or the library's own first choice.
 enum class LtChoice : std::uint8_t { kMeasure, kFirst };
 
 // cuBLASLt, opened at run time: nothing links it. The choice of an algorithm is kept for each
-// shape, the rows of x rounded up to a power of two from 128 on. Workspace is taken once. Engine
-// thread.
+// shape and bucket of rows, and measured once, by the first product that nearly fills its bucket;
+// until then it is the library's first choice. Workspace is taken once. Engine thread.
 class CublasLt {
  public:
+  // The most rows of x that share an algorithm with num_tokens.
+  static std::int64_t bucket(std::int64_t num_tokens);
+
   // Throws InvalidArgument naming all places searched when the library is not found.
   CublasLt();
   ~CublasLt();

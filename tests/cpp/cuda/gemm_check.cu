@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <map>
 #include <string_view>
 #include <thread>
 
@@ -142,7 +141,6 @@ void compare(Tally& tally, const char* kernel, const Output& y, const std::vecto
   if (!y.guards_intact()) tally.fail("guard", kernel, shape, tokens, dtype, y.dtype);
 }
 
-constexpr base_gemm::Tile kTiles[] = {{64, 0}, {64, 8}, {64, 8, true}, {32, 0}, {32, 8, true}};
 constexpr std::int64_t kTokens[] = {1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128};
 constexpr std::int64_t kMostTokens = 128;
 
@@ -160,7 +158,7 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
       reference(numbers(x.get(), x_count, dtype), numbers(weight.get(), weight_count, dtype),
                 kMostTokens, shape);
   for (const DType y_dtype : {dtype, DType::kFloat32}) {
-    std::map<int, std::vector<std::uint8_t>> first;  // by rows of a tile
+    std::vector<std::uint8_t> first_row;
     for (const std::int64_t tokens : kTokens) {
       // Rows beyond `tokens` are NaN: nothing may read them.
       const Memory few_x(2 * static_cast<std::size_t>((tokens + 8) * shape.in));
@@ -168,29 +166,24 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
       DZ_CUDA(cudaMemcpy(few_x.get(), x.get(), 2 * static_cast<std::size_t>(tokens * shape.in),
                          cudaMemcpyDeviceToDevice));
       const Output y(static_cast<std::size_t>(tokens * shape.out), y_dtype);
-      StreamGemm params = stream_params(scratch, few_x.get(), weight.get(), y.data(), tokens, shape,
-                                        dtype, y_dtype);
-      for (const base_gemm::Tile tile : kTiles) {
-        if (!stream_gemm_takes(params)) continue;
-        const char* kernel = tile.rows == 64 ? "stream 64" : "stream 32";
+      const StreamGemm params = stream_params(scratch, few_x.get(), weight.get(), y.data(), tokens,
+                                              shape, dtype, y_dtype);
+      if (stream_gemm_takes(params)) {
         y.poison();
-        launch_stream_gemm(params, tile, stream);
+        launch_stream_gemm(params, stream);
         DZ_CUDA(cudaStreamSynchronize(stream));
-        compare(tally, kernel, y, expected, shape, tokens, dtype);
+        compare(tally, "stream", y, expected, shape, tokens, dtype);
         const std::vector<std::uint8_t> bytes = y.bytes();
-        for (int repetition = 0; repetition < 3; ++repetition) {
-          launch_stream_gemm(params, tile, stream);
-        }
+        for (int repetition = 0; repetition < 3; ++repetition) launch_stream_gemm(params, stream);
         DZ_CUDA(cudaStreamSynchronize(stream));
-        if (bytes != y.bytes()) tally.fail("repeat", kernel, shape, tokens, dtype, y_dtype);
+        if (bytes != y.bytes()) tally.fail("repeat", "stream", shape, tokens, dtype, y_dtype);
         // The first row's bits do not depend on how many rows come with it.
-        std::vector<std::uint8_t>& before = first[tile.rows];
         const std::size_t row_bytes = static_cast<std::size_t>(shape.out) * size_of(y_dtype);
         std::vector<std::uint8_t> row(
             bytes.begin() + kGuardBytes,
             bytes.begin() + kGuardBytes + static_cast<std::ptrdiff_t>(row_bytes));
-        if (before.empty()) before = row;
-        if (before != row) tally.fail("row bits", kernel, shape, tokens, dtype, y_dtype);
+        if (first_row.empty()) first_row = row;
+        if (first_row != row) tally.fail("row bits", "stream", shape, tokens, dtype, y_dtype);
       }
       y.poison();
       const LtProduct product{few_x.get(), weight.get(), y.data(), tokens, shape.in,
@@ -216,8 +209,7 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
 
 // A chain in which each product is the next one's x, once with a wait after each and once as a
 // graph of dependent launches: a kernel that runs ahead of its predecessor would differ.
-void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, base_gemm::Tile tile,
-                 cudaStream_t stream) {
+void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, cudaStream_t stream) {
   constexpr int kLength = 40, kWeights = 4;
   const Shape shape{2048, 2048};
   const std::size_t x_count = static_cast<std::size_t>(tokens * shape.in);
@@ -231,7 +223,7 @@ void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, base
                         weights.get(weight_bytes * static_cast<std::size_t>(i % kWeights)),
                         x.get(2 * x_count * static_cast<std::size_t>(i + 1)), tokens, shape,
                         DType::kFloat16, DType::kFloat16),
-          tile, stream);
+          stream);
       if (waits) DZ_CUDA(cudaStreamSynchronize(stream));
     }
   };
@@ -256,8 +248,7 @@ void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, base
     ++tally.cases;
     const std::vector<float> got = numbers(x.get(), x_count * (kLength + 1), DType::kFloat16);
     if (std::memcmp(got.data(), expected.data(), 4 * got.size()) != 0) {
-      tally.fail("chain", "stream", shape, tokens, DType::kFloat16, DType::kFloat16, tile.rows,
-                 tile.prefetch_units);
+      tally.fail("chain", "stream", shape, tokens, DType::kFloat16, DType::kFloat16);
     }
   }
   if (std::isnan(expected.back()))
@@ -285,14 +276,11 @@ int check_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
       check_shape(tally, scratch, lt, shape, dtype, stream);
     }
   }
-  for (const std::int64_t tokens : {1, 8, 16, 32}) {
-    for (const base_gemm::Tile tile : kTiles) check_chain(tally, scratch, tokens, tile, stream);
-  }
+  for (const std::int64_t tokens : {1, 8, 16, 32, 64}) check_chain(tally, scratch, tokens, stream);
   std::vector<std::uint32_t> counters(scratch.counters.num_bytes() / 4);
   DZ_CUDA(cudaMemcpy(counters.data(), scratch.counters.get(), scratch.counters.num_bytes(),
                      cudaMemcpyDeviceToHost));
-  if (std::any_of(counters.begin() + base_gemm::kNumSignals, counters.end(),
-                  [](std::uint32_t c) { return c != 0; })) {
+  if (std::any_of(counters.begin(), counters.end(), [](std::uint32_t c) { return c != 0; })) {
     ++tally.failures;
     std::printf("FAIL: counters are not zero after all\n");
   }

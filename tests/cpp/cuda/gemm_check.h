@@ -39,7 +39,7 @@ class Memory {
 struct Scratch {
   explicit Scratch(int num_sms_in)
       : num_sms(num_sms_in),
-        partials(stream_gemm_partials_bytes(2 * num_sms)),
+        partials(stream_gemm_partials_bytes(num_sms)),
         counters(stream_gemm_counters_bytes(1 << 18)) {
     DZ_CUDA(cudaMemset(partials.get(), 0xFF, partials.num_bytes()));
     DZ_CUDA(cudaMemset(counters.get(), 0, counters.num_bytes()));

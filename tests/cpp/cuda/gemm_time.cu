@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -42,12 +43,11 @@ struct Bench {
   const Memory& x;
   const Memory& y;
 
-  void stream_once(std::size_t offset, Shape shape, std::int64_t tokens, base_gemm::Tile tile,
-                   int ctas_per_sm = 1, DType y_dtype = DType::kFloat16) const {
-    StreamGemm params = stream_params(scratch, x.get(), weights.get(offset), y.get(), tokens, shape,
-                                      DType::kFloat16, y_dtype);
-    params.num_sms *= ctas_per_sm;
-    launch_stream_gemm(params, tile, stream);
+  void stream_once(std::size_t offset, Shape shape, std::int64_t tokens,
+                   DType y_dtype = DType::kFloat16) const {
+    launch_stream_gemm(stream_params(scratch, x.get(), weights.get(offset), y.get(), tokens, shape,
+                                     DType::kFloat16, y_dtype),
+                       stream);
   }
   void lt_once(std::size_t offset, Shape shape, std::int64_t tokens, LtChoice choice,
                DType y_dtype = DType::kFloat16) const {
@@ -71,44 +71,25 @@ struct Bench {
   }
 };
 
-struct Variant {
-  const char* name;
-  base_gemm::Tile tile;
-  int ctas_per_sm = 1;
-};
-constexpr Variant kVariants[] = {{"64", {64, 0}},
-                                 {"64 +4", {64, 4}},
-                                 {"64 +8", {64, 8}},
-                                 {"64 +12", {64, 12}},
-                                 {"64 ahead 4", {64, 4, true}},
-                                 {"64 ahead 8", {64, 8, true}},
-                                 {"64 ahead 12", {64, 12, true}},
-                                 {"32", {32, 0}},
-                                 {"32 ahead 8", {32, 8, true}}};
-
 void time_shapes(const Bench& bench, double peak_tbs) {
   constexpr Shape kShapes[] = {
       {4096, 4096}, {4096, 12288}, {4096, 22016}, {11008, 4096}, {4096, 32000}};
   std::printf("\nus and TB/s of weights (share of %.2f), fp16, in graphs\n", peak_tbs);
-  std::printf("%-12s %4s %22s", "K x N", "M", "cuBLASLt");
-  for (const Variant& v : kVariants) std::printf(" %18s", v.name);
-  std::printf("\n");
+  std::printf("%-12s %4s %22s %22s\n", "K x N", "M", "cuBLASLt", "stream_gemm");
   for (const Shape shape : kShapes) {
     const double bytes = 2.0 * static_cast<double>(shape.in * shape.out);
-    for (const std::int64_t tokens : {1, 16, 32}) {
+    for (const std::int64_t tokens : {1, 16, 32, 48, 64}) {
       bench.lt_once(0, shape, tokens, LtChoice::kMeasure);
       const double lt = bench.rotating_us(shape, [&](std::size_t offset) {
         bench.lt_once(offset, shape, tokens, LtChoice::kFirst);
       });
-      std::printf("%5lldx%-6lld %4lld %8.2f %5.2f (%3.0f %%)", static_cast<long long>(shape.in),
-                  static_cast<long long>(shape.out), static_cast<long long>(tokens), lt,
-                  bytes / lt / 1e6, 100 * bytes / lt / 1e6 / peak_tbs);
-      for (const Variant& v : kVariants) {
-        const double us = bench.rotating_us(shape, [&](std::size_t offset) {
-          bench.stream_once(offset, shape, tokens, v.tile, v.ctas_per_sm);
-        });
-        std::printf(" %7.2f %4.2f %3.0f %%", us, bytes / us / 1e6,
-                    100 * bytes / us / 1e6 / peak_tbs);
+      const double us = bench.rotating_us(
+          shape, [&](std::size_t offset) { bench.stream_once(offset, shape, tokens); });
+      std::printf("%5lldx%-6lld %4lld", static_cast<long long>(shape.in),
+                  static_cast<long long>(shape.out), static_cast<long long>(tokens));
+      for (const double t : {lt, us}) {
+        std::printf(" %8.2f %5.2f (%3.0f %%)", t, bytes / t / 1e6,
+                    100 * bytes / t / 1e6 / peak_tbs);
       }
       std::printf("\n");
     }
@@ -137,7 +118,7 @@ void time_step(const Bench& bench, double peak_tbs, bool with_rows) {
   std::printf("\nall products of a Llama-2-7B step%s, %.2f GB, ms (TB/s)\n",
               with_rows ? ", row-wise kernels between" : "", static_cast<double>(total) / 1e9);
   if (total > bench.weights.num_bytes()) return;
-  for (const std::int64_t tokens : {1, 8, 16, 32, 64, 128}) {
+  for (const std::int64_t tokens : {1, 8, 16, 32, 48, 64, 128}) {
     const auto step_us = [&](const auto& once) {
       const auto body = [&] {
         std::size_t offset = 0;
@@ -165,12 +146,11 @@ void time_step(const Bench& bench, double peak_tbs, bool with_rows) {
     });
     std::printf("M %4lld cuBLASLt %6.3f (%.2f)", static_cast<long long>(tokens), lt / 1e3,
                 static_cast<double>(total) / lt / 1e6);
-    for (const Variant& v : kVariants) {
-      if (tokens > base_gemm::kMaxTokens) continue;
+    if (tokens <= base_gemm::kMaxTokens) {
       const double us = step_us([&](std::size_t offset, Shape shape, DType y_dtype) {
-        bench.stream_once(offset, shape, tokens, v.tile, v.ctas_per_sm, y_dtype);
+        bench.stream_once(offset, shape, tokens, y_dtype);
       });
-      std::printf(" | %s %6.3f (%.2f, %.0f %%)", v.name, us / 1e3,
+      std::printf(" | stream_gemm %6.3f (%.2f, %.0f %%)", us / 1e3,
                   static_cast<double>(total) / us / 1e6,
                   100 * static_cast<double>(total) / us / 1e6 / peak_tbs);
     }
@@ -178,24 +158,35 @@ void time_step(const Bench& bench, double peak_tbs, bool with_rows) {
   }
 }
 
+// Rows of a prompt: the library's first choice, what measuring chose, and what that cost. A
+// bucket's own rows come first, then fewer that take its algorithm over.
 void time_prefill(const Bench& bench) {
-  std::printf("\ncuBLASLt at many rows: us, TFLOP/s\n");
+  std::printf(
+      "\ncuBLASLt at many rows: us, TFLOP/s of the first choice, of the measured; ms to "
+      "measure\n");
   for (const Shape shape : {Shape{4096, 4096}, {4096, 12288}, {4096, 22016}, {11008, 4096}}) {
-    for (const std::int64_t tokens : {256, 1024, 4096, 16384}) {
+    const double tera = 2e-6 * static_cast<double>(shape.in * shape.out);
+    for (const std::int64_t tokens : {256, 192, 512, 1024, 2048, 1536, 4096, 3072}) {
+      const auto time = [&] {
+        const auto body = [&] {
+          for (std::size_t i = 0; i < 4; ++i) {
+            bench.lt_once(i * 2 * static_cast<std::size_t>(shape.in * shape.out), shape, tokens,
+                          LtChoice::kFirst);
+          }
+        };
+        return graph_us(body, bench.stream, 3) / 4;
+      };
+      const double first = time();
+      const auto begin = std::chrono::steady_clock::now();
       bench.lt_once(0, shape, tokens, LtChoice::kMeasure);
-      const double us =
-          graph_us(
-              [&] {
-                for (std::size_t i = 0; i < 4; ++i) {
-                  bench.lt_once(i * 2 * static_cast<std::size_t>(shape.in * shape.out), shape,
-                                tokens, LtChoice::kFirst);
-                }
-              },
-              bench.stream, 3) /
-          4;
-      std::printf("%5lldx%-6lld M %5lld %9.1f %6.0f\n", static_cast<long long>(shape.in),
-                  static_cast<long long>(shape.out), static_cast<long long>(tokens), us,
-                  2.0 * static_cast<double>(shape.in * shape.out * tokens) / us / 1e6);
+      DZ_CUDA(cudaStreamSynchronize(bench.stream));
+      const std::chrono::duration<double, std::milli> spent =
+          std::chrono::steady_clock::now() - begin;
+      const double measured = time();
+      std::printf("%5lldx%-6lld M %5lld %9.1f %5.0f %9.1f %5.0f %8.1f\n",
+                  static_cast<long long>(shape.in), static_cast<long long>(shape.out),
+                  static_cast<long long>(tokens), first, tera * static_cast<double>(tokens) / first,
+                  measured, tera * static_cast<double>(tokens) / measured, spent.count());
     }
   }
 }
@@ -232,7 +223,7 @@ double graph_us(const std::function<void()>& body, cudaStream_t stream, int repe
 
 void time_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
   const Memory weights(std::size_t{13500} << 20);
-  const Memory x(2 * std::size_t{16384} * 11008), y(4 * std::size_t{16384} * 22016);
+  const Memory x(2 * std::size_t{4096} * 11008), y(4 * std::size_t{4096} * 32000);
   fill(weights.get(), weights.num_bytes() / 2, DType::kFloat16, 0.02F, 3, stream);
   fill(x.get(), x.num_bytes() / 2, DType::kFloat16, 1.0F, 4, stream);
   DZ_CUDA(cudaStreamSynchronize(stream));

@@ -82,8 +82,7 @@ TEST(ScheduleTest, SharesCoverAllUnits) {
     const auto out = 1 + static_cast<std::int64_t>(rng() % 40000);
     const auto in = 8 * (1 + static_cast<std::int64_t>(rng() % 2400));
     const int num_sms = 1 + static_cast<int>(rng() % 264);
-    const base_gemm::Schedule schedule =
-        base_gemm::make_schedule(out, in, num_sms, {rng() % 2 == 0 ? 128 : 64, 16});
+    const base_gemm::Schedule schedule = base_gemm::make_schedule(out, in, num_sms);
     ASSERT_EQ(schedule.first_unit(0), 0u);
     ASSERT_EQ(schedule.first_unit(schedule.num_ctas), schedule.num_units);
     for (std::uint32_t cta = 0; cta < schedule.num_ctas; ++cta) {

@@ -31,7 +31,6 @@ std::size_t stream_gemm_counters_bytes(std::int64_t out_features);
 // Deterministic; the bits of a row do not depend on num_tokens. Reads weights before it waits for
 // the kernel before it: they must not be written by that.
 void launch_stream_gemm(const StreamGemm& params, cudaStream_t stream);
-void launch_stream_gemm(const StreamGemm& params, base_gemm::Tile tile, cudaStream_t stream);
 
 // The same product for any shape, alignment and number of rows, slowly.
 struct PlainGemm {

@@ -13,8 +13,6 @@ namespace {
 
 using namespace base_gemm;
 
-constexpr int kMostRows = 64;  // of a block
-
 // The driver's own function, asked for at run time: nothing links libcuda.
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   void* function = nullptr;
@@ -46,26 +44,23 @@ CUtensorMap matrix_map(const void* data, std::int64_t rows, std::int64_t columns
   return map;
 }
 
-template <typename T, int kTokens, int kRows>
-void launch_shape(const StreamGemm& params, Tile tile, cudaStream_t stream) {
-  using Shape = StreamShape<kTokens, kRows>;
+template <typename T, int kTokens>
+void launch_tokens(const StreamGemm& params, cudaStream_t stream) {
+  using Shape = StreamShape<kTokens>;
   const auto kernel = stream_gemm<T, Shape>;
   allow_shared_memory(kernel, Shape::kSmemBytes);
-  const Schedule schedule =
-      make_schedule(params.out_features, params.in_features, params.num_sms, {kRows});
+  const Schedule schedule = make_schedule(params.out_features, params.in_features, params.num_sms);
   const StreamArgs args{params.y,
                         reinterpret_cast<float4*>(params.partials),
-                        params.counters + kNumSignals,
                         params.counters,
                         schedule,
                         static_cast<std::int32_t>(params.num_tokens),
                         static_cast<std::int32_t>(params.out_features),
-                        static_cast<std::uint32_t>(tile.prefetch_units),
-                        tile.stays_ahead,
                         params.y_dtype == DType::kFloat32};
-  launch(kernel, {schedule.num_ctas, Shape::kThreads, Shape::kSmemBytes}, stream,
-         matrix_map(params.weight, params.out_features, params.in_features, kRows, params.dtype),
-         matrix_map(params.x, params.num_tokens, params.in_features, kTokens, params.dtype), args);
+  launch(
+      kernel, {schedule.num_ctas, Shape::kThreads, Shape::kSmemBytes}, stream,
+      matrix_map(params.weight, params.out_features, params.in_features, kBlockRows, params.dtype),
+      matrix_map(params.x, params.num_tokens, params.in_features, kTokens, params.dtype), args);
 }
 
 // Calls f with the smallest of the instantiated token counts that holds num_tokens.
@@ -73,48 +68,41 @@ template <typename F>
 void with_tokens(std::int64_t num_tokens, F&& f) {
   if (num_tokens <= 8) return f.template operator()<8>();
   if (num_tokens <= 16) return f.template operator()<16>();
-  return f.template operator()<32>();
+  if (num_tokens <= 32) return f.template operator()<32>();
+  return f.template operator()<64>();
 }
 
 }  // namespace
 
 bool stream_gemm_takes(const StreamGemm& params) {
   const auto is_aligned = [](const void* p) { return std::bit_cast<std::uintptr_t>(p) % 16 == 0; };
-  const Schedule schedule =
-      make_schedule(params.out_features, params.in_features, params.num_sms, {});
+  const Schedule schedule = make_schedule(params.out_features, params.in_features, params.num_sms);
   return params.num_tokens >= 1 && params.num_tokens <= kMaxTokens && params.in_features % 8 == 0 &&
          is_aligned(params.x) && is_aligned(params.weight) &&
          std::int64_t{schedule.num_units} < (1 << 26);
 }
 
 std::size_t stream_gemm_partials_bytes(int num_sms) {
-  return std::size_t{2} * static_cast<std::size_t>(num_sms) * kMostRows * kMaxTokens *
+  return std::size_t{2} * static_cast<std::size_t>(num_sms) * kBlockRows * kMaxTokens *
          sizeof(float);
 }
 
 std::size_t stream_gemm_counters_bytes(std::int64_t out_features) {
-  const std::int64_t rows = (out_features + kMostRows - 1) / kMostRows * kMostRows;
-  return static_cast<std::size_t>(kNumSignals + rows / kWarpRows) * sizeof(std::uint32_t);
+  const std::int64_t blocks = (out_features + kBlockRows - 1) / kBlockRows;
+  return static_cast<std::size_t>(blocks * (kBlockRows / kWarpRows)) * sizeof(std::uint32_t);
 }
 
 void launch_stream_gemm(const StreamGemm& params, cudaStream_t stream) {
-  launch_stream_gemm(params, Tile{}, stream);
-}
-
-void launch_stream_gemm(const StreamGemm& params, Tile tile, cudaStream_t stream) {
   DZ_INTERNAL(stream_gemm_takes(params), "stream_gemm: [", params.num_tokens, ", ",
               params.in_features, "] x [", params.out_features, ", ", params.in_features,
               "] is not for it");
-  const auto with_rows = [&]<int kRows>() {
-    with_tokens(params.num_tokens, [&]<int kTokens>() {
-      if (params.dtype == DType::kFloat16) {
-        launch_shape<__half, kTokens, kRows>(params, tile, stream);
-      } else {
-        launch_shape<__nv_bfloat16, kTokens, kRows>(params, tile, stream);
-      }
-    });
-  };
-  tile.rows == 32 ? with_rows.operator()<32>() : with_rows.operator()<64>();
+  with_tokens(params.num_tokens, [&]<int kTokens>() {
+    if (params.dtype == DType::kFloat16) {
+      launch_tokens<__half, kTokens>(params, stream);
+    } else {
+      launch_tokens<__nv_bfloat16, kTokens>(params, stream);
+    }
+  });
 }
 
 }  // namespace deltazip::cuda

@@ -21,22 +21,19 @@ struct StreamArgs {
   void* y;                  // [num_tokens, out_features]
   float4* partials;         // [2 * num_ctas][fragments of a block][consumers]
   std::uint32_t* counters;  // [warps of all blocks], zero between launches
-  std::uint32_t* drained;   // how many CTAs of all launches have nothing more to ask for
   Schedule schedule;
   std::int32_t num_tokens, out_features;
-  std::uint32_t prefetch_units;
-  bool stays_ahead;
   bool is_float32;  // y
 };
 
-// One stage: kBoxes boxes [kRows, 64] of weights, then as many [kTokens, 64] of x.
-template <int kTokens_, int kRows_>
+// One stage: kBoxes boxes [kBlockRows, 64] of weights, then as many [kTokens, 64] of x.
+template <int kTokens_>
 struct StreamShape {
-  static constexpr int kTokens = kTokens_, kRows = kRows_;
-  static constexpr int kBoxes = kStageWeightBytes / (kRows * kBoxRowBytes);
-  static constexpr int kWarps = kRows / kWarpRows;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kBoxes = kUnitColumns / kBoxColumns;
+  static constexpr int kWarps = kBlockRows / kWarpRows;
   static constexpr int kConsumers = 32 * kWarps;
-  static constexpr int kThreads = kConsumers + 64;  // a producer, a prefetcher
+  static constexpr int kThreads = kConsumers + 32;  // and a producer
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kXBoxBytes = kTokens * kBoxRowBytes;
   static constexpr int kStageBytes = kStageWeightBytes + kBoxes * kXBoxBytes;
@@ -56,17 +53,15 @@ template <typename Shape>
 __device__ __forceinline__ int box_column(const Schedule& schedule, std::uint32_t unit, int box) {
   return (static_cast<int>(unit % schedule.units_per_block) * Shape::kBoxes + box) * kBoxColumns;
 }
-template <typename Shape>
 __device__ __forceinline__ int box_row(const Schedule& schedule, std::uint32_t unit) {
-  return static_cast<int>(unit / schedule.units_per_block) * Shape::kRows;
+  return static_cast<int>(unit / schedule.units_per_block) * kBlockRows;
 }
 
 template <typename Shape>
 __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUtensorMap* x_map,
                                         const StreamArgs& args, std::uint32_t ring,
                                         std::uint32_t full, std::uint32_t empty,
-                                        std::uint32_t first, std::uint32_t last,
-                                        volatile std::uint32_t* asked_for) {
+                                        std::uint32_t first, std::uint32_t last) {
   const Schedule& schedule = args.schedule;
   const std::uint64_t once = policy_evict_first(), often = policy_evict_last();
   const auto fetch_weights = [&](std::uint32_t unit, std::uint32_t stage) {
@@ -74,8 +69,8 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
     mbarrier_arrive_expect_tx(full + 8 * stage, Shape::kStageBytes);
 #pragma unroll
     for (int box = 0; box < Shape::kBoxes; ++box) {
-      tensor_copy_2d(to + box * Shape::kRows * kBoxRowBytes, weight_map,
-                     box_column<Shape>(schedule, unit, box), box_row<Shape>(schedule, unit),
+      tensor_copy_2d(to + box * kBlockRows * kBoxRowBytes, weight_map,
+                     box_column<Shape>(schedule, unit, box), box_row(schedule, unit),
                      full + 8 * stage, once);
     }
   };
@@ -92,7 +87,6 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
   const std::uint32_t early = min(last - first, static_cast<std::uint32_t>(Shape::kStages));
   for (std::uint32_t i = 0; i < early; ++i) fetch_weights(first + i, i);
   griddep_wait();
-  *asked_for = early;
   for (std::uint32_t i = 0; i < early; ++i) fetch_x(first + i, i);
 
   std::uint32_t stage = 0, parity = 0;
@@ -100,44 +94,11 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
     mbarrier_wait(empty + 8 * stage, parity);
     fetch_weights(unit, stage);
     fetch_x(unit, stage);
-    *asked_for = unit + 1 - first;
     if (++stage == Shape::kStages) {
       stage = 0;
       parity ^= 1;
     }
   }
-  if (!args.stays_ahead) atomicAdd(args.drained, 1U);
-}
-
-// Between the last bytes of one product and the second ring of the next, memory would idle for
-// microseconds: the next one's units go to L2 when half the CTAs now reading have nothing more to
-// ask for. A guess at the right time, no synchronisation: whatever is read here, results stay.
-template <typename Shape>
-__device__ __forceinline__ void prefetch(const CUtensorMap* weight_map, const StreamArgs& args,
-                                         std::uint32_t first, std::uint32_t last,
-                                         const volatile std::uint32_t* asked_for) {
-  constexpr unsigned kPollNanoseconds = 300, kStepNanoseconds = 50;
-  if (args.prefetch_units == 0) return;
-  const volatile std::uint32_t* drained = args.drained;
-  const std::uint32_t target = *drained + gridDim.x / 2;
-  while (static_cast<std::int32_t>(*drained - target) < 0 && *asked_for == 0) {
-    __nanosleep(kPollNanoseconds);
-  }
-  constexpr std::uint32_t kRing = Shape::kStages;
-  const std::uint32_t count = last - first;
-  const std::uint32_t end = args.stays_ahead ? count : min(count, kRing + args.prefetch_units);
-  for (std::uint32_t i = kRing; i < end; ++i) {
-    while (i >= kRing + args.prefetch_units && i >= *asked_for + args.prefetch_units) {
-      __nanosleep(kStepNanoseconds);
-    }
-    if (i < *asked_for) continue;  // overtaken
-#pragma unroll
-    for (int box = 0; box < Shape::kBoxes; ++box) {
-      tensor_prefetch_2d(weight_map, box_column<Shape>(args.schedule, first + i, box),
-                         box_row<Shape>(args.schedule, first + i));
-    }
-  }
-  if (args.stays_ahead) atomicAdd(args.drained, 1U);
 }
 
 // One stage's products, added to this warp's sums.
@@ -149,7 +110,7 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[Shape::kTokenTiles]
 #pragma unroll
   for (int box = 0; box < Shape::kBoxes; ++box) {
     const std::uint32_t weights =
-        stage + box * Shape::kRows * kBoxRowBytes + warp * kWarpRows * kBoxRowBytes;
+        stage + box * kBlockRows * kBoxRowBytes + warp * kWarpRows * kBoxRowBytes;
     const std::uint32_t x = stage + kStageWeightBytes + box * Shape::kXBoxBytes;
     const auto load_a = [&](std::uint32_t (&a)[4], int k16) {
       ldmatrix_x4(a, weights + swizzled(a_row, 2 * k16 + a_chunk));
@@ -308,7 +269,7 @@ __device__ __forceinline__ void consume(const StreamArgs& args, std::uint32_t ri
       }
     }
     if (!is_whole && !add_parts<Shape>(sums, args, block, begins_block)) continue;
-    const int row = static_cast<int>(block * Shape::kRows + warp * kWarpRows);
+    const int row = static_cast<int>(block * kBlockRows + warp * kWarpRows);
 #pragma unroll
     for (int n = 0; n < Shape::kTokenTiles; ++n) store_tile<T>(args, sums[n], row, 8 * n);
   }
@@ -322,7 +283,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #if __CUDA_ARCH__ >= 900  // never launched on less, which has no copy engine
   extern __shared__ std::uint8_t smem[];
   __shared__ __align__(8) std::uint64_t full[Shape::kStages], empty[Shape::kStages];
-  __shared__ volatile std::uint32_t asked_for;  // units, once the kernel before is done
   const std::uint32_t ring = (smem_address(smem) + 1023) & ~1023U;
   const std::uint32_t full_address = smem_address(full), empty_address = smem_address(empty);
   const std::uint32_t first = args.schedule.first_unit(blockIdx.x);
@@ -330,7 +290,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   // At once: what follows can but fill its rings until this kernel is done.
   griddep_launch();
   if (threadIdx.x == Shape::kConsumers) {
-    asked_for = 0;
     prefetch_tensor_map(&weight_map);
     prefetch_tensor_map(&x_map);
     for (int i = 0; i < Shape::kStages; ++i) {
@@ -344,10 +303,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     griddep_wait();
     consume<T, Shape>(args, ring, full_address, empty_address, first, last);
   } else if (threadIdx.x == Shape::kConsumers) {
-    produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last,
-                   &asked_for);
-  } else if (threadIdx.x == Shape::kConsumers + 32) {
-    prefetch<Shape>(&weight_map, args, first, last, &asked_for);
+    produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last);
   }
 #endif
 }

@@ -22,11 +22,4 @@ __device__ __forceinline__ void tensor_copy_2d(std::uint32_t smem, const CUtenso
       : "memory");
 }
 
-// The same box into L2 only. A hint: nothing tells when it is there.
-__device__ __forceinline__ void tensor_prefetch_2d(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];\n" ::"l"(map),
-               "r"(column), "r"(row)
-               : "memory");
-}
-
 }  // namespace deltazip::cuda
