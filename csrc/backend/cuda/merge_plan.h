@@ -20,7 +20,7 @@ struct MergePlan {
   };
   std::vector<Segment> merged;   // by rows
   std::vector<Rows> base;        // what `merged` leaves, by rows
-  std::vector<SbmmTask> sparse;  // of rows in `base`
+  std::vector<SbmmTask> sparse;  // all other tasks, added to what the rows above have written
 };
 
 // `tasks` as Ops has checked them: row ranges are the same or disjoint. `merges` says which tasks
