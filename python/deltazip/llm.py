@@ -381,9 +381,11 @@ def _one_each(value: T | Sequence[T], count: int, kind: type[T], name: str) -> I
 
 
 def _progress_bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    bar = Progress("generating", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress("generating", *columns, console=Console(stderr=True))
     task = bar.add_task("generating", total=total)
     bar.start()
     return (lambda: bar.advance(task)), bar.stop

@@ -33,7 +33,7 @@ def command(
         str, typer.Option(help="torch, or deltazip: its own engine (accuracy only).")
     ] = "torch",
     batch_size: Annotated[int, typer.Option(help="Prompts at once, with torch.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, with torch.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -56,7 +56,7 @@ def command(
         if engine == "torch":
             result = _with_torch(base, finetuned, delta, task, compare, batch_size, device)
         else:
-            result = _with_engine(base, finetuned, delta, task, threads)
+            result = _with_engine(base, finetuned, delta, task, threads, device)
         result |= {
             "task": task.name,
             "items": len(task.samples),
@@ -100,12 +100,14 @@ def _with_torch(
 
 
 def _with_engine(
-    base: Path, finetuned: Path, delta: Path | None, task: Any, threads: int
+    base: Path, finetuned: Path, delta: Path | None, task: Any, threads: int, device: str
 ) -> dict[str, Any]:
     from deltazip.compress.calibration import load_tokenizer
     from deltazip.compress.tasks import EngineRunner, score
 
-    options = {"num_threads": threads} if threads else {}
+    options: dict[str, object] = {"device": device}
+    if threads:
+        options["num_threads"] = threads
     runner = EngineRunner(base, delta, **options)
     try:
         scored = score(runner, load_tokenizer(finetuned), task)

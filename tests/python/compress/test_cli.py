@@ -49,6 +49,13 @@ def test_from_fine_tune_to_score(tmp_path: Path, pair: tuple[Path, Path], sample
     assert result["items"] == 8
     assert 0.0 <= result["accuracy"] <= 1.0
     assert result["kl to fine-tune"] >= 0.0
+    status, text, errors = run("evaluate", base, tuned, out, *score, "--engine", "deltazip")
+    assert status == 0, errors
+    assert json.loads(text)["items"] == 8
+    elsewhere = ["--engine", "deltazip", "--device", "nowhere"]
+    status, text, errors = run("evaluate", base, tuned, out, *score, *elsewhere)
+    assert status == 1
+    assert "unknown device 'nowhere'" in text + errors
     status, text, errors = run("export", base, out, "-o", tmp_path / "whole")
     assert status == 0, errors
     assert (tmp_path / "whole" / "model.safetensors").is_file()
