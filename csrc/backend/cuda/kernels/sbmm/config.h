@@ -19,19 +19,23 @@ inline constexpr int kColumnParts = kSbmmConsumerWarps / kRowPairs;
 // alone, so a row's bits do not depend on the launch. 16 halve 4096 columns: 192 row blocks in
 // halves share evenly among 132 CTAs, whole they do not.
 inline constexpr int kSpanRecords = 16;
-// A stage is what one bulk copy fetches, 8 to 17 KB: the copy engine's full rate from 8 KB on. A
-// divisor of a span; eight give each consumer one half record.
+// A stage is what one bulk copy fetches, 17 to 35 KB: each hand-over costs all sixteen consumers a
+// barrier, so measured time falls up to here. A divisor of a span.
 constexpr int stage_records(DeltaType type) {
   switch (type) {
+    case DeltaType::kSparse24Int4:
+      return 8;
     case DeltaType::kSparse24Int2:
     case DeltaType::kSparse24Ternary:
-      return 8;
+      return 16;
     case DeltaType::kDenseInt8:
       return 2;
     default:
       return 4;
   }
 }
+// At most, of a task with a second token tile: two stages that carry x must fit.
+inline constexpr int kTwoTileStageRecords = 8;
 
 inline constexpr int kMaxStages = 16;
 inline constexpr int kTokenTile = 8;    // n of mma

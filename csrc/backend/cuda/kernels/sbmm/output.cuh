@@ -16,10 +16,12 @@
 
 namespace deltazip::cuda {
 
-// Where the rows 2 lane and 2 lane + 1 of a row block lie in y, for one token.
+// Where the rows 2 lane and 2 lane + 1 of a row block lie in y, for one token. A lane stores its
+// own rows only: what follows the last belongs to another task, and may have grown since it was
+// read.
 struct OutputPlace {
   void* y;
-  int num_rows;    // 0, 1 or 2 of them exist
+  bool has_first, has_second;
   bool is_vector;  // both in one aligned access
 };
 
@@ -29,8 +31,8 @@ __device__ __forceinline__ float2 load_output(const OutputPlace& place, bool is_
   if (is_float) {
     const auto* y = static_cast<const float*>(place.y);
     if (place.is_vector) return *reinterpret_cast<const float2*>(y);
-    if (place.num_rows > 0) value.x = y[0];
-    if (place.num_rows > 1) value.y = y[1];
+    if (place.has_first) value.x = y[0];
+    if (place.has_second) value.y = y[1];
   } else {
     const auto* y = static_cast<const T*>(place.y);
     if (place.is_vector) {
@@ -40,8 +42,8 @@ __device__ __forceinline__ float2 load_output(const OutputPlace& place, bool is_
         return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(y));
       }
     }
-    if (place.num_rows > 0) value.x = static_cast<float>(y[0]);
-    if (place.num_rows > 1) value.y = static_cast<float>(y[1]);
+    if (place.has_first) value.x = static_cast<float>(y[0]);
+    if (place.has_second) value.y = static_cast<float>(y[1]);
   }
   return value;
 }
@@ -55,8 +57,8 @@ __device__ __forceinline__ void store_output(const OutputPlace& place, bool is_f
       *reinterpret_cast<float2*>(y) = value;
       return;
     }
-    if (place.num_rows > 0) y[0] = value.x;
-    if (place.num_rows > 1) y[1] = value.y;
+    if (place.has_first) y[0] = value.x;
+    if (place.has_second) y[1] = value.y;
   } else {
     auto* y = static_cast<T*>(place.y);
     if (place.is_vector) {
@@ -67,8 +69,8 @@ __device__ __forceinline__ void store_output(const OutputPlace& place, bool is_f
       }
       return;
     }
-    if (place.num_rows > 0) y[0] = static_cast<T>(value.x);
-    if (place.num_rows > 1) y[1] = static_cast<T>(value.y);
+    if (place.has_first) y[0] = static_cast<T>(value.x);
+    if (place.has_second) y[1] = static_cast<T>(value.y);
   }
 }
 
@@ -116,13 +118,16 @@ class BlockSums {
     is_mine_ = warp_ < num_tokens;
     if (!is_mine_) return;
     const int row = row_block * kRecordRows + 2 * lane_;
-    place_.num_rows = max(0, min(2, task.rows - row));
+    // Two comparisons: of max(0, min(2, rows - row)) == 2 ptxas 13.0 makes a VIMNMX.RELU, by whose
+    // predicate lanes with no row left stored too.
+    place_.has_first = row < task.rows;
+    place_.has_second = row + 1 < task.rows;
     const std::int64_t y_row = task.first_row + first_token + warp_;
     const std::int64_t offset = y_row * params_.y_stride + task.out_offset + row;
     const int size = is_float() ? 4 : 2;
     place_.y = static_cast<unsigned char*>(params_.y) + offset * size;
     place_.is_vector =
-        place_.num_rows == 2 && reinterpret_cast<std::uintptr_t>(place_.y) % (2 * size) == 0;
+        place_.has_second && reinterpret_cast<std::uintptr_t>(place_.y) % (2 * size) == 0;
     if (is_whole_) {
       y_before_ = load_output<T>(place_, is_float());  // asked for a row block before it is needed
     } else {

@@ -35,10 +35,13 @@ SbmmDeviceTask describe(const SbmmTask& task, const SbmmTuning& tuning) {
   out.scales_offset = layout.scales_offset;
   out.type = delta.type;
   out.scale_parts = static_cast<std::uint8_t>(layout.scale_parts);
-  out.stage_records = tuning.records_per_stage[static_cast<std::size_t>(delta.type)];
   // Pieces of tokens, as equal as can be.
   const std::int64_t pieces = divide_up(task.num_rows, kPassTokens);
   out.piece_tokens = static_cast<std::int32_t>(divide_up(task.num_rows, pieces));
+  out.stage_records = tuning.records_per_stage[static_cast<std::size_t>(delta.type)];
+  if (out.piece_tokens > kTokenTile) {
+    out.stage_records = std::min<std::uint8_t>(out.stage_records, kTwoTileStageRecords);
+  }
   const std::int64_t items =
       divide_up(task.num_rows, out.piece_tokens) * out.row_blocks * out.spans;
   DZ_CHECK(items < INT32_MAX, "sbmm: a task has too many items, ", items);
