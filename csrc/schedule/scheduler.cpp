@@ -115,6 +115,8 @@ void Scheduler::fork(SequenceId parent_id, SequenceId child_id) {
   Impl& impl = *impl_;
   const Sequence& parent = impl.find(parent_id);
   DZ_CHECK(!impl.sequences.contains(child_id), "sequence ", child_id, " is already known");
+  DZ_CHECK(!parent.has_unknown, "sequence ", parent_id,
+           " cannot be forked before its last token is known");
   const auto num_known = static_cast<std::int32_t>(parent.tokens.size());
   const bool joins_plan = parent.num_in_flight > 0 && parent.samples_in_flight;
   DZ_CHECK(joins_plan || num_known > parent.num_prompt_tokens, "sequence ", parent_id,
@@ -186,61 +188,6 @@ Plan Scheduler::plan() {
   impl.order_loads(plan);
   impl.finish_plan(plan);
   return plan;
-}
-
-void Scheduler::commit(const Plan& plan, std::span<const Outcome> outcomes) {
-  Impl& impl = *impl_;
-  // Everything is judged before anything changes.
-  DZ_INTERNAL(plan.chunks.size() == impl.num_planned, "the plan under way has ", impl.num_planned,
-              " chunks, the one committed has ", plan.chunks.size());
-  const auto was_cancelled = [&](SequenceId id) {
-    return std::any_of(impl.ended_in_flight.begin(), impl.ended_in_flight.end(),
-                       [id](const auto& ended) { return ended->id == id; });
-  };
-  for (Sequence* sequence : impl.in_flight) sequence->outcome = nullptr;
-  for (const Outcome& outcome : outcomes) {
-    const auto found = impl.sequences.find(outcome.id);
-    if (found == impl.sequences.end()) continue;  // cancelled meanwhile
-    Sequence& sequence = *found->second;
-    if (sequence.num_in_flight == 0 && was_cancelled(outcome.id)) continue;  // its id came again
-    DZ_INTERNAL(sequence.num_in_flight > 0, "an outcome for sequence ", outcome.id,
-                ", which is not in the plan");
-    DZ_INTERNAL(outcome.finished || sequence.samples_in_flight, "a token for sequence ", outcome.id,
-                ", whose chunk does not sample");
-    sequence.outcome = &outcome;
-  }
-  std::erase_if(impl.in_flight, [](const Sequence* sequence) { return sequence->has_ended; });
-  for (const Sequence* sequence : impl.in_flight) {
-    if (!sequence->samples_in_flight) continue;
-    DZ_INTERNAL(sequence->outcome != nullptr, "no outcome for sequence ", sequence->id);
-    DZ_INTERNAL(
-        sequence->outcome->finished || static_cast<std::int32_t>(sequence->tokens.size()) <
-                                           sequence->num_prompt_tokens + sequence->max_new_tokens,
-        "sequence ", sequence->id, " goes on after ", sequence->max_new_tokens,
-        " new tokens, its limit");
-  }
-
-  for (Sequence* sequence : impl.in_flight) {
-    const Outcome* outcome = std::exchange(sequence->outcome, nullptr);
-    sequence->num_computed += std::exchange(sequence->num_in_flight, 0);
-    sequence->samples_in_flight = false;
-    // What ended in an error may hold bad numbers: nobody else shall find it.
-    if (outcome == nullptr || outcome->token >= 0) impl.publish_full_blocks(*sequence);
-    if (outcome == nullptr) continue;
-    sequence->variant->last_progress = impl.step;
-    if (outcome->finished) {
-      impl.forget(*sequence);
-      continue;
-    }
-    sequence->tokens.push_back(outcome->token);
-    if (sequence->has_turn() && --sequence->turn_tokens_left <= 0) impl.end_turn(*sequence);
-  }
-  impl.in_flight.clear();
-  impl.num_planned = 0;
-  for (const auto& ended : impl.ended_in_flight) {
-    if (!ended->variant->is_base()) impl.slots.unpin(ended->variant->slot);
-  }
-  impl.ended_in_flight.clear();
 }
 
 std::span<const std::int32_t> Scheduler::tokens(SequenceId id) const {

@@ -21,6 +21,16 @@ void Scheduler::Impl::check() const {
     const Sequence& sequence = *owned;
     DZ_INTERNAL(sequence.id == id && !sequence.has_ended, "sequence ", id, " is listed wrongly");
     const auto num_tokens = static_cast<std::int32_t>(sequence.tokens.size());
+    DZ_INTERNAL(sequence.has_unknown == (sequence.tokens.back() == kUnknownToken) &&
+                    (!sequence.has_unknown || sequence.is_settling),
+                "sequence ", id, " has a last token that is wrongly unknown");
+    for (const BlockId block : sequence.blocks) ++num_owners[static_cast<std::size_t>(block)];
+    if (sequence.is_ending) {
+      ++num_pins[sequence.variant];
+      DZ_INTERNAL(!sequence.is_running && sequence.has_unknown && sequence.num_in_flight == 0,
+                  "sequence ", id, " both ends and goes on");
+      continue;
+    }
     if (!sequence.is_running) {
       ++num_waiting_found;
       ++num_waiting_of[sequence.variant];
@@ -48,7 +58,6 @@ void Scheduler::Impl::check() const {
     DZ_INTERNAL(sequence.num_published * config.block_size <= sequence.num_computed, "sequence ",
                 id, " published ", sequence.num_published, " blocks of ", sequence.num_computed,
                 " tokens");
-    for (const BlockId block : sequence.blocks) ++num_owners[static_cast<std::size_t>(block)];
   }
   DZ_INTERNAL(num_running_found == running.size(), running.size(),
               " sequences are listed running, ", num_running_found, " are");
@@ -59,7 +68,9 @@ void Scheduler::Impl::check() const {
     DZ_INTERNAL(allocator.num_owners(block) == expected, "block ", block, " has ",
                 allocator.num_owners(block), " owners in the ledger, ", expected, " sequences");
   }
-  for (const auto& ended : ended_in_flight) ++num_pins[ended->variant];
+  for (const auto* list : {&ended_in_flight, &ended_settling}) {
+    for (const auto& ended : *list) num_pins[ended->variant] += ended->keeps_pin ? 1 : 0;
+  }
 
   std::int32_t num_seats = 0;
   std::size_t num_unserved = 0, num_cold = 0;

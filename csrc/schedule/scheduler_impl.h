@@ -31,12 +31,16 @@ struct Sequence {
   std::vector<BlockId> blocks;     // empty while waiting
   std::int32_t num_computed = 0;   // tokens whose keys and values lie in `blocks`
   std::int32_t num_in_flight = 0;  // being computed by the plan under way
-  bool samples_in_flight = false;  // that chunk ends at the last known token
+  bool samples_in_flight = false;  // that chunk ends at the last token
+  bool is_settling = false;        // was in the plan that was advanced
+  bool has_unknown = false;        // that plan sampled its last token, which is not known yet
+  bool is_ending = false;          // and that token is its last by length: neither runs nor waits
   std::int32_t num_published = 0;  // blocks
   std::uint64_t turn = kNoTurn;    // order in which overdue sequences got their turn
   std::int32_t turn_tokens_left = 0;  // new tokens until the turn ends
   bool is_running = false, was_admitted = false;
-  bool has_ended = false;                       // cancelled while in flight
+  bool has_ended = false;                       // while in flight or settling
+  bool keeps_pin = false;                       // and the plan still reads its delta
   const Scheduler::Outcome* outcome = nullptr;  // during commit() only
 
   bool has_turn() const { return turn != kNoTurn; }
@@ -82,9 +86,10 @@ struct Scheduler::Impl {
   void start_turn(Sequence& sequence);             // of a running one
   void end_turn(Sequence& sequence);
   void insert_running(Sequence& sequence);
-  void leave_running(Sequence& sequence, bool keep_slot_pin);
+  void leave_running(Sequence& sequence);  // keeps its blocks and its slot's pin
+  void unpin(const Sequence& sequence);
   void release_blocks(Sequence& sequence);
-  void forget(Sequence& sequence);  // ends it; in flight: kept until commit()
+  void forget(Sequence& sequence);  // ends it; in a plan under way: kept until its commit()
   void extend_keys(Sequence& sequence, std::int32_t num_blocks);
   void publish_full_blocks(Sequence& sequence);
   void refresh(ScheduledVariant& variant);  // indices and demand pin follow its state
@@ -110,6 +115,12 @@ struct Scheduler::Impl {
   bool take_blocks(Sequence& sequence, Plan& plan);
   void schedule(Sequence& sequence, std::int32_t num_tokens, Plan& plan);
 
+  // --- scheduler_commit.cpp: what a plan under way has given ---
+  void judge(const std::vector<Sequence*>& planned, bool is_advanced,
+             std::span<const Outcome> outcomes);
+  void advance();
+  void settle();
+
   void check() const;
 
   const SchedulerConfig config;
@@ -119,10 +130,13 @@ struct Scheduler::Impl {
   DeltaSlots slots;
   std::unordered_map<VariantId, std::unique_ptr<ScheduledVariant>> variants;
   std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences;
-  std::vector<std::unique_ptr<Sequence>> ended_in_flight;  // a plan's spans point into them
-  std::vector<Sequence*> running;                          // sorted by rank
-  std::vector<Sequence*> in_flight;                        // of the plan under way
-  std::size_t num_planned = 0;  // of in_flight: chunks; the rest are children forked meanwhile
+  // Ended in the plan under way, whose spans point into them; and in the one that was advanced.
+  std::vector<std::unique_ptr<Sequence>> ended_in_flight, ended_settling;
+  std::vector<Sequence*> running;    // sorted by rank
+  std::vector<Sequence*> in_flight;  // of the plan under way
+  std::size_t num_planned = 0;       // of in_flight: chunks; the rest are children forked meanwhile
+  std::vector<Sequence*> settling;   // of the plan that was advanced and not committed
+  std::size_t num_advanced = 0;      // its chunks
   std::vector<ScheduledVariant*> slot_variant;  // by slot
   // Variants that wait and have nothing running, longest without progress first.
   std::set<std::pair<std::uint64_t, VariantId>> unserved;

@@ -91,17 +91,19 @@ void Scheduler::Impl::end_turn(Sequence& sequence) {
   insert_running(sequence);
 }
 
-void Scheduler::Impl::leave_running(Sequence& sequence, bool keep_slot_pin) {
+void Scheduler::Impl::leave_running(Sequence& sequence) {
   ScheduledVariant& variant = *sequence.variant;
   std::erase(running, &sequence);
   sequence.is_running = false;
   sequence.turn = Sequence::kNoTurn;
-  release_blocks(sequence);
   if (--variant.num_running == 0) {
     variant.is_closing = false;
     if (!variant.is_base()) --num_seats_taken;
   }
-  if (!variant.is_base() && !keep_slot_pin) slots.unpin(variant.slot);
+}
+
+void Scheduler::Impl::unpin(const Sequence& sequence) {
+  if (!sequence.variant->is_base()) slots.unpin(sequence.variant->slot);
 }
 
 void Scheduler::Impl::release_blocks(Sequence& sequence) {
@@ -112,8 +114,10 @@ void Scheduler::Impl::release_blocks(Sequence& sequence) {
 }
 
 void Scheduler::Impl::preempt(Sequence& sequence, Plan& plan) {
-  leave_running(sequence, /*keep_slot_pin=*/false);
+  leave_running(sequence);
+  release_blocks(sequence);
   sequence.blocks.clear();
+  unpin(sequence);
   sequence.num_computed = sequence.num_published = 0;
   plan.preempted.push_back(sequence.id);
   ++num_preemptions;
@@ -125,15 +129,24 @@ void Scheduler::Impl::preempt(Sequence& sequence, Plan& plan) {
 void Scheduler::Impl::forget(Sequence& sequence) {
   ScheduledVariant& variant = *sequence.variant;
   const bool is_in_flight = sequence.num_in_flight > 0;
-  if (sequence.is_running) {
-    leave_running(sequence, is_in_flight);
+  if (sequence.is_running || sequence.is_ending) {
+    if (sequence.is_running) leave_running(sequence);
+    sequence.is_ending = false;
+    // Earlier than the step's end: the next owner's writes are queued behind it.
+    release_blocks(sequence);
+    sequence.keeps_pin = is_in_flight || sequence.is_settling;
+    if (!sequence.keeps_pin) unpin(sequence);
   } else {
     variant.waiting.erase(&sequence);
     --num_waiting;
   }
   const auto found = sequences.find(sequence.id);
   sequence.has_ended = true;
-  if (is_in_flight) ended_in_flight.push_back(std::move(found->second));
+  if (is_in_flight) {
+    ended_in_flight.push_back(std::move(found->second));
+  } else if (sequence.is_settling) {
+    ended_settling.push_back(std::move(found->second));
+  }
   sequences.erase(found);
   refresh(variant);
 }

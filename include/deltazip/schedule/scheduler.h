@@ -47,10 +47,14 @@ struct ScheduledChunk {
   SlotId slot = kNoSlot;
   std::int32_t start = 0;
   std::int32_t num_tokens = 0;
-  bool samples = false;                  // the chunk ends at the sequence's last known token
-  std::span<const std::int32_t> tokens;  // the sequence's tokens of this chunk; valid until commit
-  std::span<const BlockId> blocks;       // its block table; valid until commit
+  bool samples = false;  // the chunk ends at the sequence's last known token
+  // The sequence's tokens of this chunk, and its block table; valid until advance() or commit().
+  std::span<const std::int32_t> tokens;  // the last may be kUnknownToken
+  std::span<const BlockId> blocks;
 };
+
+// Stands for a sampled token between advance() and commit().
+inline constexpr std::int32_t kUnknownToken = -1;
 
 struct BlockCopy {
   BlockId from, to;  // copy on write, before the step's kernels
@@ -109,6 +113,14 @@ class Scheduler {
   std::vector<SequenceId> delta_load_failed(SlotId slot);
 
   Plan plan();
+  // Planning one step ahead: of the plan under way only the tokens are still to come. Counts move
+  // on as if each sequence that samples got one and goes on, unless it reaches its length; so the
+  // next plan can be made, and may be under way itself when commit() brings the tokens. What ends
+  // then was in the next plan for nothing; its outcome there is ignored. Not for a plan whose
+  // sequences are to be forked with their first token.
+  // What is freed meanwhile may still be read by the plan that was advanced: work on blocks is
+  // queued behind, but a load must not begin before that plan has been computed.
+  void advance(const Plan& plan);
   struct Outcome {
     SequenceId id;
     std::int32_t token = -1;  // the sampled token, for chunks with samples
@@ -116,10 +128,12 @@ class Scheduler {
   };
   // One Outcome for each chunk that samples; those of cancelled sequences are ignored. Publishes
   // full blocks (not of a sequence that ends without a token), frees finished sequences. Every plan
-  // with chunks must be committed before the next one is made.
+  // with chunks must be committed, or advanced, before the next one is made; one that was advanced
+  // is committed before the next is advanced or committed.
   void commit(const Plan& plan, std::span<const Outcome> outcomes);
 
-  std::span<const std::int32_t> tokens(SequenceId id) const;  // prompt and output
+  // Prompt and output; the last may be kUnknownToken.
+  std::span<const std::int32_t> tokens(SequenceId id) const;
   SchedulerStats stats() const;
   void check() const;  // all ledgers; throws InternalError
 

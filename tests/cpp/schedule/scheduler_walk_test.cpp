@@ -41,13 +41,14 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
   const Setting& setting = GetParam();
   std::int64_t num_operations = 0;
   std::int64_t num_preemptions = 0, num_hits = 0, num_copies = 0, num_failed = 0;
-  for (std::uint32_t seed = 1; seed <= 4; ++seed) {
+  for (std::uint32_t seed = 1; seed <= 8; ++seed) {
     std::mt19937 rng(seed);
     const auto draw = [&](std::int32_t n) {
       return static_cast<std::int32_t>(rng() % static_cast<std::uint32_t>(n));
     };
     SimulatedEngine engine(setting.config, seed);
     engine.load_failure_chance = setting.load_failure_chance;
+    engine.plans_ahead = seed % 2 == 0;
     SequenceId next_id = 1;
     VariantId next_variant = 1;
     std::vector<VariantId> leaving;
@@ -115,6 +116,7 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
     } catch (const std::exception& error) {
       FAIL() << "seed " << seed << ", step " << engine.num_steps() << ": " << error.what();
     }
+    EXPECT_EQ(engine.num_steps_ahead() > engine.num_steps() / 4, engine.plans_ahead);
     const SchedulerStats stats = engine.scheduler().stats();
     EXPECT_EQ(stats.num_free_blocks, stats.num_blocks);
     EXPECT_EQ(stats.num_waiting + stats.num_running, 0);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <utility>
 
 #include "deltazip/base/error.h"
 #include "deltazip/schedule/block_allocator.h"
@@ -160,7 +161,10 @@ void SimulatedEngine::verify_plan() const {
     demand(chunk.samples == (chunk.start + chunk.num_tokens == num_known), "samples is wrong");
     demand(
         std::equal(chunk.tokens.begin(), chunk.tokens.end(), sequence.tokens.begin() + chunk.start,
-                   sequence.tokens.begin() + chunk.start + chunk.num_tokens),
+                   sequence.tokens.begin() + chunk.start + chunk.num_tokens,
+                   [](std::int32_t planned, std::int32_t token) {
+                     return planned == token || planned == kUnknownToken;
+                   }),
         "sequence ", chunk.id, " has wrong tokens in its chunk");
     const std::int32_t end = chunk.start + chunk.num_tokens;
     demand(static_cast<std::int32_t>(chunk.blocks.size()) * config_.block_size >= end,
@@ -189,11 +193,19 @@ void SimulatedEngine::verify_plan() const {
   for (const SequenceId id : plan_.preempted) {
     demand(!ids.contains(id), "sequence ", id, " is preempted and planned in one step");
   }
-  demand(!plan_.chunks.empty() || !scheduler_.has_work() || !loading_.empty(),
+  demand(!plan_.chunks.empty() || !scheduler_.has_work() || !loading_.empty() || is_under_way_,
          "nothing is planned though nothing is waited for");
 }
 
 void SimulatedEngine::begin_step() {
+  const Plan before = std::move(plan_);
+  const bool is_ahead = is_under_way_;
+  std::vector<Scheduler::Outcome> outcomes;
+  if (is_ahead) {
+    outcomes = draw(before);
+    scheduler_.advance(before);
+    ++num_steps_ahead_;
+  }
   plan_ = scheduler_.plan();
   cancelled_.clear();
   joined_.clear();
@@ -212,6 +224,7 @@ void SimulatedEngine::begin_step() {
   is_under_way_ = !plan_.chunks.empty();
   if (is_under_way_) ++num_steps_;
   compute();
+  if (is_ahead) commit(before, outcomes);
 }
 
 void SimulatedEngine::compute() {
@@ -230,9 +243,9 @@ void SimulatedEngine::compute() {
     Sequence& sequence = sequences_.at(chunk.id);
     const auto start = static_cast<std::size_t>(chunk.start);
     std::uint64_t value = chain(sequence, start);
-    for (std::size_t i = 0; i < chunk.tokens.size(); ++i) {
-      value = mix(value, static_cast<std::uint64_t>(chunk.tokens[i]));
-      cell(chunk, start + i) = value;
+    for (std::size_t i = start; i < start + chunk.tokens.size(); ++i) {
+      value = mix(value, static_cast<std::uint64_t>(sequence.tokens[i]));
+      cell(chunk, i) = value;
     }
     sequence.num_computed = chunk.start + chunk.num_tokens;
     num_computed_ += chunk.num_tokens;
@@ -247,7 +260,8 @@ void SimulatedEngine::compute() {
   }
 }
 
-void SimulatedEngine::finish_step() {
+// The outcomes of a plan that is computed. Its sequences get their tokens.
+std::vector<Scheduler::Outcome> SimulatedEngine::draw(const Plan& plan) {
   std::vector<Scheduler::Outcome> outcomes;
   const auto sample = [&](SequenceId id) {
     Sequence& sequence = sequences_.at(id);
@@ -261,33 +275,46 @@ void SimulatedEngine::finish_step() {
     }
     outcomes.push_back(outcome);
     last_progress_[sequence.request.variant] = num_steps_;
-    if (!outcome.finished) {
-      sequence.tokens.push_back(outcome.token);
-      return;
-    }
-    sequences_.erase(id);
-    ++num_finished_;
+    sequence.tokens.push_back(std::max(outcome.token, 0));
   };
-  if (is_under_way_) {
-    for (const ScheduledChunk& chunk : plan_.chunks) {
-      if (!chunk.samples) continue;
-      if (cancelled_.contains(chunk.id)) {
-        if (rng_() % 2 == 0) outcomes.push_back({chunk.id, 1, false});  // late news: ignored
-      } else {
-        sample(chunk.id);
-      }
+  for (const ScheduledChunk& chunk : plan.chunks) {
+    if (!chunk.samples) continue;
+    if (cancelled_.contains(chunk.id)) {
+      if (rng_() % 2 == 0) outcomes.push_back({chunk.id, 1, false});  // late news: ignored
+    } else {
+      sample(chunk.id);
     }
-    for (const SequenceId id : joined_) sample(id);
-    std::shuffle(outcomes.begin(), outcomes.end(), rng_);
-    scheduler_.commit(plan_, outcomes);
-    is_under_way_ = false;
+  }
+  for (const SequenceId id : joined_) sample(id);
+  std::shuffle(outcomes.begin(), outcomes.end(), rng_);
+  return outcomes;
+}
+
+void SimulatedEngine::commit(const Plan& plan, const std::vector<Scheduler::Outcome>& outcomes) {
+  scheduler_.commit(plan, outcomes);
+  for (const Scheduler::Outcome& outcome : outcomes) {
+    if (!outcome.finished || sequences_.erase(outcome.id) == 0) continue;
+    demand(!scheduler_.has(outcome.id), "sequence ", outcome.id, " is there after its end");
+    cancelled_.insert(outcome.id);  // for the plan that was made ahead of this
+    ++num_finished_;
   }
   for (const auto& [id, sequence] : sequences_) {
     const auto tokens = scheduler_.tokens(id);
     demand(std::equal(tokens.begin(), tokens.end(), sequence.tokens.begin(), sequence.tokens.end()),
            "sequence ", id, " has other tokens than it was given");
   }
+  check();
+}
+
+void SimulatedEngine::finish_step() {
+  if (is_under_way_ && plans_ahead && joined_.empty() && rng_() % 8 != 0) {
+    advance_loads();
+    return;
+  }
+  const bool was_under_way = std::exchange(is_under_way_, false);
+  const Plan plan = std::move(plan_);
   plan_ = {};
+  if (was_under_way) commit(plan, draw(plan));
   advance_loads();
   observe_waits();
   check();
@@ -339,6 +366,9 @@ void SimulatedEngine::run_until_idle(std::int32_t max_steps) {
     demand(i < max_steps, "still at work after ", max_steps, " steps");
     step();
   }
+  const bool planned_ahead = std::exchange(plans_ahead, false);
+  finish_step();
+  plans_ahead = planned_ahead;
 }
 
 std::vector<SequenceId> SimulatedEngine::alive() const {

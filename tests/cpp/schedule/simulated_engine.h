@@ -41,8 +41,8 @@ class SimulatedEngine {
   void fork(SequenceId parent, SequenceId child, std::uint64_t seed);
   bool can_fork(SequenceId parent) const;
 
-  void begin_step();   // plan, verify, compute
-  void finish_step();  // sample, commit
+  void begin_step();   // plan, verify, compute; if a plan is under way, ahead of its tokens
+  void finish_step();  // sample, commit; with plans_ahead it may be left to the next begin_step()
   void step() {
     begin_step();
     finish_step();
@@ -54,6 +54,7 @@ class SimulatedEngine {
   std::vector<SequenceId> alive() const;
   std::vector<VariantId> variants() const;
   std::int64_t num_steps() const { return num_steps_; }
+  std::int64_t num_steps_ahead() const { return num_steps_ahead_; }
   std::int64_t num_finished() const { return num_finished_; }
   std::int64_t num_failed_by_load() const { return num_failed_by_load_; }
   std::int64_t num_copies() const { return num_copies_; }
@@ -68,6 +69,7 @@ class SimulatedEngine {
   std::int32_t load_steps = 2;  // how long a load takes
   double load_failure_chance = 0.0;
   bool check_always = true;
+  bool plans_ahead = false;
 
  private:
   struct Sequence {
@@ -83,6 +85,8 @@ class SimulatedEngine {
   std::uint64_t chain(const Sequence& sequence, std::size_t num_tokens) const;
   void verify_plan() const;
   void compute();
+  std::vector<Scheduler::Outcome> draw(const Plan& plan);
+  void commit(const Plan& plan, const std::vector<Scheduler::Outcome>& outcomes);
   void advance_loads();
   void observe_waits();
   void check() const;
@@ -99,8 +103,8 @@ class SimulatedEngine {
   std::set<SequenceId> joined_;     // children forked while the plan is under way
   std::set<SequenceId> cancelled_;  // since the plan was made
   std::map<VariantId, std::int64_t> last_progress_;
-  std::int64_t num_steps_ = 0, num_finished_ = 0, num_failed_by_load_ = 0, num_copies_ = 0,
-               num_computed_ = 0, num_evictions_ = 0, longest_wait_ = 0;
+  std::int64_t num_steps_ = 0, num_steps_ahead_ = 0, num_finished_ = 0, num_failed_by_load_ = 0,
+               num_copies_ = 0, num_computed_ = 0, num_evictions_ = 0, longest_wait_ = 0;
   VariantId longest_waiter_ = kBaseVariant;
   bool is_under_way_ = false;
 };
