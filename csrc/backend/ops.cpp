@@ -194,7 +194,8 @@ SbmmParams check_sbmm(const char* op, TensorView y, ConstTensorView x,
 }  // namespace
 
 void Ops::embed(TensorView out, std::span<const std::int32_t> tokens, const PackedMatrix& table,
-                std::span<const DeltaMatrix* const> row_deltas, Stream& stream) {
+                std::span<const DeltaMatrix* const> row_deltas, Stream& stream,
+                std::span<const std::int32_t> sampled) {
   check_weight("embed", table);
   check_matrix("embed", "out", out);
   const std::int64_t num_rows = out.size(0);
@@ -204,7 +205,12 @@ void Ops::embed(TensorView out, std::span<const std::int32_t> tokens, const Pack
   check_count("embed", "deltas", row_deltas.size(), num_rows);
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const auto i = static_cast<std::size_t>(row);
-    check_index("embed", "token", tokens[i], table.rows, row);
+    if (tokens[i] < 0) {
+      check_index("embed", "sampled token", ~tokens[i], static_cast<std::int64_t>(sampled.size()),
+                  row);
+    } else {
+      check_index("embed", "token", tokens[i], table.rows, row);
+    }
     if (row_deltas[i] == nullptr || row_deltas[i]->data == nullptr) continue;
     const DeltaMatrix& delta = *row_deltas[i];
     check_delta("embed", delta);
@@ -213,7 +219,9 @@ void Ops::embed(TensorView out, std::span<const std::int32_t> tokens, const Pack
              table.columns, "]");
   }
   if (num_rows == 0) return;
-  run(EmbedParams{tokens.data(), table, row_deltas.data(), out.data, num_rows, out.dtype}, stream);
+  run(EmbedParams{tokens.data(), table, row_deltas.data(), out.data, num_rows, out.dtype,
+                  sampled.data()},
+      stream);
 }
 
 void Ops::linear(TensorView y, ConstTensorView x, const PackedMatrix& weight, Stream& stream) {
@@ -358,17 +366,19 @@ void Ops::gather_rows(TensorView out, ConstTensorView x, std::span<const std::in
 }
 
 void Ops::sample(std::span<SampledToken> out, ConstTensorView logits,
-                 std::span<const SamplingRow> rows, Stream& stream) {
+                 std::span<const SamplingRow> rows, Stream& stream,
+                 std::span<std::int32_t> tokens) {
   check_matrix("sample", "logits", logits);
   check_count("sample", "rows", rows.size(), logits.size(0));
   check_count("sample", "results", out.size(), logits.size(0));
+  if (!tokens.empty()) check_count("sample", "places for tokens", tokens.size(), logits.size(0));
   if (rows.empty()) return;
   DZ_CHECK(logits.size(1) > 0, "sample: the vocabulary is empty");
   for (std::size_t row = 0; row < rows.size(); ++row) {
     check_sampling(rows[row], logits.size(1), static_cast<std::int64_t>(row));
   }
   run(SampleParams{logits.data, rows.data(), out.data(), logits.size(0), logits.size(1),
-                   logits.dtype},
+                   logits.dtype, tokens.empty() ? nullptr : tokens.data()},
       stream);
 }
 

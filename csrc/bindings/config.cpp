@@ -25,7 +25,8 @@ void bind_config(pybind11::module_& module) {
       .field("max_waiting", &C::max_waiting)
       .field("max_model_len", &C::max_model_len)
       .field("max_variant_wait_steps", &C::max_variant_wait_steps)
-      .field("prefix_caching", &C::prefix_caching);
+      .field("prefix_caching", &C::prefix_caching)
+      .field("warm_up", &C::warm_up);
 }
 
 }  // namespace deltazip::bindings

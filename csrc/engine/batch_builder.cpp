@@ -18,7 +18,7 @@ void BatchBuilder::build(const Plan& plan, const RequestTable& requests, StepInp
       batch.segments.push_back({weights_of_slot_(chunk.slot), first_row, 0});
     }
     batch.segments.back().num_rows += chunk.num_tokens;
-    add_rows(chunk, request.prompt_length(), batch);
+    add_rows(chunk, choice, batch);
 
     for (std::int32_t i = 0; i < chunk.num_tokens; ++i) {
       // The row at position p scores the prompt token at p + 1, once: a recomputation after a
@@ -37,8 +37,8 @@ void BatchBuilder::build(const Plan& plan, const RequestTable& requests, StepInp
   }
 }
 
-void BatchBuilder::add_rows(const ScheduledChunk& chunk, std::int32_t prompt_length,
-                            Batch& batch) const {
+void BatchBuilder::add_rows(const ScheduledChunk& chunk, ChoiceRef choice, Batch& batch) const {
+  const std::int32_t prompt_length = choice.request->prompt_length();
   const std::int32_t end = chunk.start + chunk.num_tokens;
   DZ_INTERNAL(
       chunk.num_tokens > 0 && chunk.tokens.size() == static_cast<std::size_t>(chunk.num_tokens),
@@ -49,7 +49,9 @@ void BatchBuilder::add_rows(const ScheduledChunk& chunk, std::int32_t prompt_len
       {static_cast<std::int32_t>(batch.tokens.size()), chunk.num_tokens, end, chunk.blocks.data()});
   for (std::int32_t position = chunk.start; position < end; ++position) {
     const std::int64_t block = chunk.blocks[static_cast<std::size_t>(position / block_size_)];
-    batch.tokens.push_back(chunk.tokens[static_cast<std::size_t>(position - chunk.start)]);
+    const std::int32_t token = chunk.tokens[static_cast<std::size_t>(position - chunk.start)];
+    // Still being sampled: the device knows it by its row of the step before.
+    batch.tokens.push_back(token == kUnknownToken ? ~choice.choice().sampled_row : token);
     batch.positions.push_back(position);
     batch.cache_slots.push_back(block * block_size_ + position % block_size_);
     // Dynamic RoPE scales a prompt by its whole length, an output token by the length so far.

@@ -33,7 +33,7 @@ class BatchBuilder {
   void build(const Plan& plan, const RequestTable& requests, StepInput& input) const;
 
  private:
-  void add_rows(const ScheduledChunk& chunk, std::int32_t prompt_length, Batch& batch) const;
+  void add_rows(const ScheduledChunk& chunk, ChoiceRef choice, Batch& batch) const;
 
   std::int32_t block_size_;
   WeightsOfSlot weights_of_slot_;

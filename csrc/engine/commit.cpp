@@ -39,12 +39,16 @@ void Loop::note(const Plan& plan) {
   }
 }
 
-void Loop::commit(const Plan& plan) {
-  const StepInput& input = step_.input;
+void Loop::commit(Step& step) {
+  const StepInput& input = step.input;
+  const auto sequence_of = [&](const LogitUse& use) { return step.plan.chunks[use.chunk].id; };
+  // Some may have ended while the step ran.
+  const auto is_wanted = [&](const LogitUse& use) { return requests_.has(sequence_of(use)); };
   std::map<ActiveRequest*, std::string> broken;
   for (std::size_t i = 0; i < input.uses.size(); ++i) {
-    bool is_finite = step_.samples[i].is_finite;
-    for (const SampledToken& fork : step_.forks_of(i)) is_finite = is_finite && fork.is_finite;
+    if (!is_wanted(input.uses[i])) continue;
+    bool is_finite = step.samples[i].is_finite;
+    for (const SampledToken& fork : step.forks_of(i)) is_finite = is_finite && fork.is_finite;
     ActiveRequest* request = input.uses[i].choice.request;
     const auto row = static_cast<std::size_t>(input.batch.logit_rows[i]);
     if (!is_finite) broken.emplace(request, not_finite(*request, input.batch.positions[row]));
@@ -53,8 +57,9 @@ void Loop::commit(const Plan& plan) {
   std::vector<Scheduler::Outcome> outcomes;
   for (std::size_t i = 0; i < input.uses.size(); ++i) {
     const LogitUse& use = input.uses[i];
-    const SampledToken& sampled = step_.samples[i];
-    const SequenceId sequence = plan.chunks[use.chunk].id;
+    if (!is_wanted(use)) continue;
+    const SampledToken& sampled = step.samples[i];
+    const SequenceId sequence = sequence_of(use);
     ActiveRequest& request = *use.choice.request;
     if (broken.contains(&request)) {
       if (use.scored_prompt < 0) outcomes.push_back({sequence, -1, true});
@@ -65,7 +70,7 @@ void Loop::commit(const Plan& plan) {
       continue;
     }
     std::int32_t other = 0;
-    for (const SampledToken& first : step_.forks_of(i)) {
+    for (const SampledToken& first : step.forks_of(i)) {
       const ChoiceRef choice{&request, ++other};
       const SequenceId child = requests_.open_sequence(choice);
       ++request.variant->num_waiting;
@@ -75,7 +80,7 @@ void Loop::commit(const Plan& plan) {
     }
     outcomes.push_back({sequence, sampled.token, take_token(use.choice, sampled)});
   }
-  scheduler_.commit(plan, outcomes);
+  scheduler_.commit(step.plan, outcomes);
   for (const auto& [request, error] : broken) end_request(*request, Finish::kError, error);
   bury();
 }

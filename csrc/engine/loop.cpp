@@ -1,5 +1,6 @@
 #include "engine/loop.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <utility>
@@ -29,6 +30,7 @@ Loop::Loop(Resources& resources, FrontDesk& desk, Outbox& outbox, LogSink log)
       builder_(resources.config.block_size, [this](SlotId slot) { return slots_.weights(slot); }),
       stream_(resources.backend->create_stream()),
       runs_apart_(!resources.backend->shares_host_memory()) {
+  for (Step& step : steps_) step.computed = resources.backend->create_event();
   publish();
   thread_ = std::thread([this] { run(); });
 }
@@ -46,36 +48,57 @@ void Loop::run() noexcept {
   std::string failure;
   try {
     while (!desk_.stop_requested()) turn();
+    if (under_way_ != nullptr) finish(*under_way_);
   } catch (const std::exception& error) {
     failure = error.what();
   }
   end(failure);
 }
 
+// On a device one step is always under way: while it runs, the next is planned as if every sequence
+// went on, and queued behind it. Then its tokens are taken.
 void Loop::turn() {
   accept();
   if (!runs_apart_) publish();
-  const Plan plan = scheduler_.plan();
-  note(plan);
-  start_loads(plan);
-  if (plan.empty()) {
+  if (under_way_ != nullptr && under_way_->is_awaited) finish(*under_way_);
+  Step* const before = under_way_;
+  if (before != nullptr) scheduler_.advance(before->plan);
+  Step& step = before == &steps_[0] ? steps_[1] : steps_[0];
+  step.plan = scheduler_.plan();
+  note(step.plan);
+  // A slot given to another may be one that the step under way still reads.
+  if (before != nullptr && !step.plan.loads.empty()) wait_for(*before);
+  start_loads(step.plan);
+  if (step.plan.empty()) {
+    if (before != nullptr) return finish(*before);
     publish();
     return wait_for_news();
   }
 
-  const auto start = std::chrono::steady_clock::now();
-  builder_.build(plan, requests_, step_.input);
-  launch(plan);
-  // What the last step gave goes out while this one runs.
-  if (runs_apart_) publish();
-  stream_->synchronize();
-  commit(plan);
-  const auto seconds = std::chrono::steady_clock::now() - start;
+  step.begun = std::chrono::steady_clock::now();
+  builder_.build(step.plan, requests_, step.input);
+  launch(step);
+  if (before != nullptr) finish(*before);
+  under_way_ = &step;
+  // On a device, what the step before gave goes out while this one runs.
+  if (runs_apart_) return publish();
+  finish(step);
+  publish();
+}
+
+void Loop::wait_for(Step& step) { step.computed->synchronize(); }
+
+void Loop::finish(Step& step) {
+  wait_for(step);
+  commit(step);
+  if (under_way_ == &step) under_way_ = nullptr;
+  const auto now = std::chrono::steady_clock::now();
+  const auto seconds = now - std::max(step.begun, last_finish_);
+  last_finish_ = now;
   stats_.last_step_seconds = std::chrono::duration<double>(seconds).count();
   ++stats_.num_steps;
   num_idle_turns_ = 0;
   desk_.progress();
-  if (!runs_apart_) publish();
 }
 
 void Loop::wait_for_news() {
@@ -91,18 +114,19 @@ void Loop::wait_for_news() {
   }
 }
 
-void Loop::launch(const Plan& plan) {
+void Loop::launch(Step& step) {
   Backend& backend = *resources_.backend;
-  for (const BlockCopy& copy : plan.copies) {
+  for (const BlockCopy& copy : step.plan.copies) {
     resources_.kv->copy_block(backend, copy.from, copy.to, *stream_);
   }
   const ConstTensorView logits =
-      resources_.model->forward(step_.input.batch, *resources_.kv, *stream_);
-  sample(plan, logits);
+      resources_.model->forward(step.input.batch, *resources_.kv, *stream_);
+  sample(step, logits);
+  step.computed->record(*stream_);
 }
 
-void Loop::sample(const Plan& plan, ConstTensorView logits) {
-  const std::vector<LogitUse>& uses = step_.input.uses;
+void Loop::sample(Step& step, ConstTensorView logits) {
+  const std::vector<LogitUse>& uses = step.input.uses;
   const auto row_for = [&](const LogitUse& use, std::int32_t choice_index) {
     const ActiveRequest& request = *use.choice.request;
     const SamplingParams& params = request.request.sampling;
@@ -112,36 +136,42 @@ void Loop::sample(const Plan& plan, ConstTensorView logits) {
     }
     const ChoiceRef choice{use.choice.request, choice_index};
     return sampling_row(params, choice.seed(), request.stop_tokens,
-                        scheduler_.tokens(plan.chunks[use.chunk].id),
+                        scheduler_.tokens(step.plan.chunks[use.chunk].id),
                         request.request.prompt.size());
   };
 
   // All rows are laid out before the first is handed over: they must not move.
-  step_.rows.clear();
-  step_.fork_rows.clear();
-  step_.fork_begin.assign(1, 0);
+  step.rows.clear();
+  step.fork_rows.clear();
+  step.fork_begin.assign(1, 0);
+  step.is_awaited = false;
   for (const LogitUse& use : uses) {
-    step_.rows.push_back(row_for(use, use.choice.index));
+    use.choice.choice().sampled_row = static_cast<std::int32_t>(step.rows.size());
+    step.rows.push_back(row_for(use, use.choice.index));
+    step.is_awaited = step.is_awaited || use.scored_prompt >= 0 ||
+                      uses_history(use.choice.request->request.sampling);
     const auto num_choices = static_cast<std::int32_t>(use.choice.request->choices.size());
     const bool is_first_token = use.choice.index == 0 && use.choice.choice().num_output == 0;
     for (std::int32_t other = 1; other < num_choices; ++other) {
-      if (use.scored_prompt < 0 && is_first_token) step_.fork_rows.push_back(row_for(use, other));
+      if (use.scored_prompt < 0 && is_first_token) step.fork_rows.push_back(row_for(use, other));
     }
-    step_.fork_begin.push_back(step_.fork_rows.size());
+    step.fork_begin.push_back(step.fork_rows.size());
   }
-  step_.samples.resize(uses.size());
-  step_.fork_samples.resize(step_.fork_rows.size());
+  step.is_awaited = step.is_awaited || !step.fork_rows.empty();
+  step.samples.resize(uses.size());
+  step.fork_samples.resize(step.fork_rows.size());
   if (uses.empty()) return;
 
   Ops& ops = resources_.backend->ops();
-  ops.sample(step_.samples, logits, step_.rows, *stream_);
+  ops.sample(step.samples, logits, step.rows, *stream_,
+             resources_.model->sampled().first(uses.size()));
   const std::size_t row_bytes = static_cast<std::size_t>(logits.size(1)) * size_of(logits.dtype);
   for (std::size_t i = 0; i < uses.size(); ++i) {
     const ConstTensorView logit_row{static_cast<const std::byte*>(logits.data) + i * row_bytes,
                                     logits.dtype,
                                     {1, logits.size(1)}};
-    for (std::size_t fork = step_.fork_begin[i]; fork < step_.fork_begin[i + 1]; ++fork) {
-      ops.sample({&step_.fork_samples[fork], 1}, logit_row, {&step_.fork_rows[fork], 1}, *stream_);
+    for (std::size_t fork = step.fork_begin[i]; fork < step.fork_begin[i + 1]; ++fork) {
+      ops.sample({&step.fork_samples[fork], 1}, logit_row, {&step.fork_rows[fork], 1}, *stream_);
     }
   }
 }
@@ -152,7 +182,7 @@ void Loop::end(const std::string& failure) {
   const Finish finish = has_failed_ ? Finish::kError : Finish::kCancelled;
   if (has_failed_) {
     log_(LogLevel::kError, error);
-    // What was launched may still write to step_.
+    // What was launched may still write to steps_.
     try {
       stream_->synchronize();
     } catch (const std::exception&) {  // a lost device says so again

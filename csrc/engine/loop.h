@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -33,15 +35,19 @@ class Loop {
  private:
   using Finish = OutputEvent::Finish;
 
-  // One step's host memory: the device reads and writes it until the stream has passed. Kept from
-  // step to step.
+  // One step, from its plan to its results. There are two: on a device the next is planned and
+  // launched while one runs. Memory is kept from step to step.
   struct Step {
+    Plan plan;
     StepInput input;
     std::vector<SamplingRow> rows;        // [uses]
     std::vector<SampledToken> samples;    // [uses]
     std::vector<std::size_t> fork_begin;  // [uses + 1], into the next two
     std::vector<SamplingRow> fork_rows;   // first tokens of choices 1, 2, ... of a request
     std::vector<SampledToken> fork_samples;
+    bool is_awaited = false;  // the next step cannot be planned or built without its results
+    std::unique_ptr<Event> computed;
+    std::chrono::steady_clock::time_point begun;
     std::span<const SampledToken> forks_of(std::size_t use) const {
       return std::span(fork_samples)
           .subspan(fork_begin[use], fork_begin[use + 1] - fork_begin[use]);
@@ -53,8 +59,10 @@ class Loop {
   void turn();
   void wait_for_news();
   void end(const std::string& failure);
-  void launch(const Plan& plan);  // step_ is built; returns when all is queued
-  void sample(const Plan& plan, ConstTensorView logits);
+  void launch(Step& step);  // it is built; returns when all is queued
+  void sample(Step& step, ConstTensorView logits);
+  void wait_for(Step& step);  // until it is computed
+  void finish(Step& step);    // waits and commits
 
   // accept.cpp: what comes in
   void accept();
@@ -69,7 +77,7 @@ class Loop {
 
   // commit.cpp: what goes out
   void note(const Plan& plan);
-  void commit(const Plan& plan);
+  void commit(Step& step);
   bool take_token(ChoiceRef choice, const SampledToken& sampled);  // true: it was the last
   void end_choice(ChoiceRef choice);
   void cancel_choice(ChoiceRef choice);
@@ -93,7 +101,9 @@ class Loop {
   std::vector<OutputEvent> events_;   // of this turn
   std::vector<std::int64_t> ended_;   // requests of this turn
   std::vector<std::int64_t> buried_;  // their ids are free once their last events are out
-  Step step_;
+  std::array<Step, 2> steps_;
+  Step* under_way_ = nullptr;  // launched and not committed
+  std::chrono::steady_clock::time_point last_finish_;
   EngineStats stats_;
   std::mt19937_64 seeds_{std::random_device{}()};
   std::int32_t num_idle_turns_ = 0;  // with work, but nothing to run and nothing to wait for

@@ -19,7 +19,8 @@ inline constexpr SequenceId kNoSequence = -1;
 struct Choice {
   SequenceId sequence = kNoSequence;
   std::int32_t num_output = 0;
-  bool is_running = false;  // in a batch since its last preemption
+  std::int32_t sampled_row = -1;  // of the last step that sampled it
+  bool is_running = false;        // in a batch since its last preemption
   bool is_done = false;
   bool is_unwanted = false;  // cancelled; before its first token, it ends with that
 };
@@ -59,6 +60,7 @@ class RequestTable {
   void close_sequence(ChoiceRef choice);            // its id is forgotten
   ChoiceRef at(SequenceId sequence) const;          // throws InternalError: unknown
   ActiveRequest* owner(SequenceId sequence) const;  // nullptr: unknown
+  bool has(SequenceId sequence) const { return owner(sequence) != nullptr; }
 
   bool empty() const { return requests_.empty(); }
   std::vector<ActiveRequest*> all();

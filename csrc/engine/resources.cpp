@@ -9,6 +9,7 @@
 #include "deltazip/io/checkpoint.h"
 #include "deltazip/io/json_text.h"
 #include "engine/memory_plan.h"
+#include "engine/warm_up.h"
 
 namespace deltazip::engine {
 namespace {
@@ -173,6 +174,10 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log,
   config = plan.config;
   num_blocks = plan.num_blocks;
   capacity = std::move(plan.rows);
+  backend->check_model({.cache = {nullptr, nullptr, num_blocks, model_config.num_kv_heads,
+                                  config.block_size, model_config.head_dim, *kv_dtype},
+                        .dtype = activations,
+                        .vocab_size = model_config.vocab_size});
 
   // Nothing large is read or allocated before it is known to fit.
   base_digest = checkpoint.weights_digest(pool);
@@ -197,6 +202,7 @@ Resources::Resources(const EngineConfig& requested, const LogSink& log,
                                        static_cast<std::size_t>(config.host_budget_bytes),
                                        tiling_threads);
   deltas = std::make_unique<DeltaCache>(*backend, *store, config.num_delta_slots);
+  warm_up(*this, log);
 }
 
 std::shared_ptr<VariantRecord> Resources::base_record() const {

@@ -50,6 +50,11 @@ void check_sampling(const SamplingParams& params, std::int32_t vocab_size) {
   }
 }
 
+bool uses_history(const SamplingParams& params) {
+  return params.repetition_penalty != 1.0F || params.presence_penalty != 0.0F ||
+         params.frequency_penalty != 0.0F;
+}
+
 std::vector<std::int32_t> stop_set(const SamplingParams& params,
                                    std::span<const std::int32_t> eos) {
   std::vector<std::int32_t> tokens = params.stop_token_ids;

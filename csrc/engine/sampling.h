@@ -14,6 +14,9 @@ inline constexpr std::size_t kMaxStopTokens = 1024;
 // Throws InvalidArgument naming the parameter, its range and what came.
 void check_sampling(const SamplingParams& params, std::int32_t vocab_size);
 
+// Whether a choice depends on the tokens before it by more than the logits.
+bool uses_history(const SamplingParams& params);
+
 // What ends an output: its own stop tokens and, unless ignored, the model's. Sorted.
 std::vector<std::int32_t> stop_set(const SamplingParams& params, std::span<const std::int32_t> eos);
 

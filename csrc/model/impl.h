@@ -20,6 +20,10 @@ struct Model::Impl {
   ~Impl();
 
   ConstTensorView forward(const Batch& batch, KvCache& cache, Stream& stream);
+  void run_padded(std::int32_t task_capacity, KvCache& cache, Stream& stream);
+  void rehearse_decode(std::int32_t num_rows, std::int32_t num_variants, KvCache& cache,
+                       Stream& stream);
+  ConstTensorView rehearse_prefill(std::int32_t num_rows, KvCache& cache, Stream& stream);
   // The ops of a step, always in the same order for batches of equal shape.
   void run_decoder(const Batch& batch, std::span<const std::int32_t> angle_rows,
                    const KvCache& cache, Stream& stream);

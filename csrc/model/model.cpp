@@ -42,6 +42,7 @@ void check_sizes(const ModelSizes& sizes) {
 struct Model::Impl::Scratch {
   Activations full;
   TensorView last_residual, last_block, last_normed, logits;  // [logit_rows, ...]
+  std::span<std::int32_t> sampled;                            // [logit_rows]
   std::vector<Buffer> buffers;
   std::size_t num_bytes = 0;
 
@@ -72,6 +73,8 @@ struct Model::Impl::Scratch {
     last_block = make(logit_rows, hidden);
     last_normed = make(logit_rows, hidden);
     logits = make_of(DType::kFloat32, logit_rows, config.vocab_size);
+    const TensorView tokens = make_of(DType::kInt32, logit_rows, 1);
+    sampled = {static_cast<std::int32_t*>(tokens.data), static_cast<std::size_t>(logit_rows)};
   }
 
   Activations of(std::int64_t rows) const {
@@ -105,14 +108,41 @@ ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream&
     plan.build(batch);
     run_decoder(batch, rope.rows(batch.positions, batch.rope_lengths, stream), cache, stream);
   } else {
-    const std::int32_t capacity = padded_task_capacity(batch, &weights.variant);
     pad_decode(batch, num_padded, &weights.variant, padded);
-    plan.build(padded, capacity);
-    const auto angle_rows = rope.rows(padded.positions, padded.rope_lengths, stream);
-    backend.run_step({num_padded, capacity, generation_of(cache), 0}, stream,
-                     [&] { run_decoder(padded, angle_rows, cache, stream); });
+    run_padded(padded_task_capacity(batch, &weights.variant), cache, stream);
   }
   return first_rows(scratch->logits, static_cast<std::int64_t>(batch.logit_rows.size()));
+}
+
+void Model::Impl::run_padded(std::int32_t task_capacity, KvCache& cache, Stream& stream) {
+  plan.build(padded, task_capacity);
+  const auto angle_rows = rope.rows(padded.positions, padded.rope_lengths, stream);
+  const auto num_rows = static_cast<std::int32_t>(padded.tokens.size());
+  backend.run_step({num_rows, task_capacity, generation_of(cache), 0}, stream,
+                   [&] { run_decoder(padded, angle_rows, cache, stream); });
+}
+
+void Model::Impl::rehearse_decode(std::int32_t num_rows, std::int32_t num_variants, KvCache& cache,
+                                  Stream& stream) {
+  const std::int32_t num_padded = backend.padded_rows(num_rows);
+  if (num_padded == 0) return;
+  constexpr int kTimesUntilRecorded = 2;
+  for (int i = 0; i < kTimesUntilRecorded; ++i) {
+    pad_decode({}, num_padded, &weights.variant, padded);
+    run_padded(task_capacity_for(num_variants), cache, stream);
+    stream.synchronize();
+  }
+}
+
+ConstTensorView Model::Impl::rehearse_prefill(std::int32_t num_rows, KvCache& cache,
+                                              Stream& stream) {
+  Batch batch;
+  pad_decode({}, num_rows, &weights.variant, batch);
+  batch.sequences.resize(1);
+  batch.logit_rows = {num_rows - 1};
+  const ConstTensorView logits = forward(batch, cache, stream);
+  stream.synchronize();
+  return logits;
 }
 
 // Equal keys of steps promise equal pointers, those of the cache included.
@@ -135,7 +165,8 @@ void Model::Impl::run_decoder(const Batch& batch, std::span<const std::int32_t> 
   const float scale = 1.0F / std::sqrt(static_cast<float>(config.head_dim));
   Ops& ops = backend.ops();
 
-  ops.embed(a.residual, batch.tokens, weights.embedding, plan.embeddings(), stream);
+  ops.embed(a.residual, batch.tokens, weights.embedding, plan.embeddings(), stream,
+            scratch->sampled);
   ConstTensorView added;  // what the block before has yet to add to the residual
   for (std::int32_t i = 0; i < config.num_layers; ++i) {
     const BaseLayer& layer = weights.layers[static_cast<std::size_t>(i)];
@@ -228,6 +259,17 @@ std::vector<BaseTensor> Model::base_tensors(const Checkpoint& checkpoint) {
 
 ConstTensorView Model::forward(const Batch& batch, KvCache& cache, Stream& stream) {
   return impl_->forward(batch, cache, stream);
+}
+
+std::span<std::int32_t> Model::sampled() const { return impl_->scratch->sampled; }
+
+void Model::rehearse_decode(std::int32_t num_rows, std::int32_t num_variants, KvCache& cache,
+                            Stream& stream) {
+  impl_->rehearse_decode(num_rows, num_variants, cache, stream);
+}
+
+ConstTensorView Model::rehearse_prefill(std::int32_t num_rows, KvCache& cache, Stream& stream) {
+  return impl_->rehearse_prefill(num_rows, cache, stream);
 }
 
 }  // namespace deltazip

@@ -46,9 +46,14 @@ void pad_decode(const Batch& batch, std::int32_t num_rows, const VariantWeights*
 }
 
 std::int32_t padded_task_capacity(const Batch& batch, const VariantWeights* base) {
-  const auto num_deltas = static_cast<std::uint32_t>(std::ranges::count_if(
-      batch.segments, [base](const Segment& segment) { return segment.variant != base; }));
-  return num_deltas == 0 ? 0 : static_cast<std::int32_t>(std::bit_ceil(num_deltas));
+  return task_capacity_for(static_cast<std::int32_t>(std::ranges::count_if(
+      batch.segments, [base](const Segment& segment) { return segment.variant != base; })));
+}
+
+std::int32_t task_capacity_for(std::int32_t num_deltas) {
+  return num_deltas == 0
+             ? 0
+             : static_cast<std::int32_t>(std::bit_ceil(static_cast<std::uint32_t>(num_deltas)));
 }
 
 }  // namespace deltazip

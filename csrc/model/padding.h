@@ -21,5 +21,6 @@ void pad_decode(const Batch& batch, std::int32_t num_rows, const VariantWeights*
 
 // Room for the delta tasks of one matrix: the number of segments with a delta, rounded up.
 std::int32_t padded_task_capacity(const Batch& batch, const VariantWeights* base);
+std::int32_t task_capacity_for(std::int32_t num_deltas);
 
 }  // namespace deltazip

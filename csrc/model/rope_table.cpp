@@ -30,7 +30,9 @@ RopeTable::RopeTable(Backend& backend, const ModelConfig& config, std::int64_t m
   const std::size_t row_bytes = row * sizeof(float);
   table_ = backend.allocate(static_cast<std::size_t>(num_fixed_rows_ + num_step_rows_) * row_bytes);
   if (num_step_rows_ > 0) {
-    staging_ = backend.allocate_host(static_cast<std::size_t>(num_step_rows_) * row_bytes);
+    for (Buffer& staging : staging_) {
+      staging = backend.allocate_host(static_cast<std::size_t>(num_step_rows_) * row_bytes);
+    }
   }
   std::vector<float> host(static_cast<std::size_t>(num_fixed_rows_) * row);
   for (std::int64_t position = 0; position < num_fixed_rows_; ++position) {
@@ -47,6 +49,7 @@ std::span<const std::int32_t> RopeTable::rows(std::span<const std::int32_t> posi
   rows_.clear();
   const std::size_t row = static_cast<std::size_t>(head_dim_);
   std::size_t num_own = 0;
+  auto* const staging = static_cast<float*>(staging_[next_staging_].data());
   for (std::size_t i = 0; i < positions.size(); ++i) {
     const std::int32_t position = positions[i];
     DZ_CHECK(position >= 0 && position < max_length_, "position ", position,
@@ -57,7 +60,7 @@ std::span<const std::int32_t> RopeTable::rows(std::span<const std::int32_t> posi
       rows_.push_back(position);
       continue;
     }
-    float* out = static_cast<float*>(staging_.data()) + num_own * row;
+    float* out = staging + num_own * row;
     rope_.write_angles(position, lengths[i], {out, row});
     rows_.push_back(
         static_cast<std::int32_t>(num_fixed_rows_ + static_cast<std::int64_t>(num_own)));
@@ -66,7 +69,8 @@ std::span<const std::int32_t> RopeTable::rows(std::span<const std::int32_t> posi
   if (num_own > 0) {
     auto* tail =
         static_cast<float*>(table_.data()) + static_cast<std::size_t>(num_fixed_rows_) * row;
-    backend_.copy_to_device(tail, staging_.data(), num_own * row * sizeof(float), stream);
+    backend_.copy_to_device(tail, staging, num_own * row * sizeof(float), stream);
+    next_staging_ = 1 - next_staging_;
   }
   return rows_;
 }

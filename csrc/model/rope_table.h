@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -33,8 +34,10 @@ class RopeTable {
   Rope rope_;
   std::int64_t max_length_, num_fixed_rows_, num_step_rows_;
   std::int32_t head_dim_;
-  Buffer table_;    // [num_fixed_rows + num_step_rows, head_dim]
-  Buffer staging_;  // host, [num_step_rows, head_dim]
+  Buffer table_;  // [num_fixed_rows + num_step_rows, head_dim]
+  // Host, [num_step_rows, head_dim]: one may still be read while the next step fills the other.
+  std::array<Buffer, 2> staging_;
+  std::size_t next_staging_ = 0;
   std::vector<std::int32_t> rows_;
 };
 

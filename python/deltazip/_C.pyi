@@ -35,6 +35,7 @@ class EngineConfig:
     max_model_len: int
     max_variant_wait_steps: int
     prefix_caching: bool
+    warm_up: bool
     def __init__(self, **kwargs: object) -> None: ...
 
 class SamplingParams:

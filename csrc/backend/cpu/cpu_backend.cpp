@@ -31,6 +31,7 @@ class CpuEvent final : public Event {
   void record(Stream&) override { at_ = std::chrono::steady_clock::now(); }
   bool is_done() const override { return true; }
   void wait(Stream&) override {}
+  void synchronize() override {}
   double ms_since(const Event& before) const override {
     const auto passed = at_ - dynamic_cast<const CpuEvent&>(before).at_;
     return std::chrono::duration<double, std::milli>(passed).count();

@@ -54,11 +54,11 @@ void CpuOps::run(const EmbedParams& params, Stream&) {
   for_rows(params.num_rows, size, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t row = first; row < last; ++row) {
       float* out = static_cast<float*>(params.out) + row * size;
-      read_weight_row(out, params.table, params.tokens[row]);
+      std::int32_t token = params.tokens[row];
+      if (token < 0) token = params.sampled[~token];
+      read_weight_row(out, params.table, token);
       const DeltaMatrix* delta = params.row_deltas[row];
-      if (delta != nullptr && delta->data != nullptr) {
-        add_delta_row(out, *delta, params.tokens[row]);
-      }
+      if (delta != nullptr && delta->data != nullptr) add_delta_row(out, *delta, token);
     }
   });
 }
@@ -210,6 +210,7 @@ void CpuOps::run(const SampleParams& params, Stream&) {
           params.out[row] =
               sample_row(kernels_, logits + row * params.vocab_size, params.vocab_size,
                          params.rows[row], sampler_scratch_[static_cast<std::size_t>(worker)]);
+          if (params.tokens != nullptr) params.tokens[row] = std::max(params.out[row].token, 0);
         }
       });
 }

@@ -33,7 +33,16 @@ class CudaEvent final : public Event {
   CudaEvent(const CudaEvent&) = delete;
   CudaEvent& operator=(const CudaEvent&) = delete;
 
-  void record(Stream& stream) override { DZ_CUDA(cudaEventRecord(event_, to_cuda(stream).get())); }
+  void record(Stream& stream) override {
+    stream_ = &to_cuda(stream);
+    DZ_CUDA(cudaEventRecord(event_, stream_->get()));
+    mark_ = stream_->set_mark();
+  }
+  void synchronize() override {
+    use_device(device_);
+    DZ_CUDA(cudaEventSynchronize(event_));
+    if (stream_ != nullptr) stream_->passed(mark_);
+  }
   bool is_done() const override {
     const cudaError_t error = cudaEventQuery(event_);
     if (error == cudaErrorNotReady) return false;
@@ -52,6 +61,8 @@ class CudaEvent final : public Event {
  private:
   int device_;
   cudaEvent_t event_ = nullptr;
+  CudaStream* stream_ = nullptr;  // that it was recorded in, which outlives it
+  std::int64_t mark_ = 0;
 };
 
 // What this machine has, checked before anything is made: every refusal says what was found.
@@ -249,6 +260,7 @@ class CudaBackend final : public Backend {
   bool shares_host_memory() const override { return false; }
   DType activation_dtype(DType) const override { return info_.compute_dtype; }
   DType packed_dtype(DType) const override { return info_.compute_dtype; }
+  void check_model(const ModelShape& shape) const override { ops_.check_model(shape); }
 
   Buffer allocate(std::size_t num_bytes) override {
     const std::size_t size = std::max<std::size_t>(num_bytes, 1);

@@ -19,4 +19,9 @@ CudaOps::CudaOps(const DeviceInfo& info)
       attention_(make_attention_state()),
       sample_(make_sample_state()) {}
 
+void CudaOps::check_model(const ModelShape& shape) const {
+  check_attention(shape.cache, shape.dtype);
+  check_sampling(shape.vocab_size);
+}
+
 }  // namespace deltazip::cuda

@@ -26,6 +26,7 @@ class CudaOps final : public Ops {
   explicit CudaOps(const DeviceInfo& info);
 
   StepArgs& args() { return args_; }
+  void check_model(const ModelShape& shape) const;  // cuda_ops.cpp
 
  private:
   void run(const EmbedParams& params, Stream& stream) override;
@@ -43,6 +44,9 @@ class CudaOps final : public Ops {
   struct ProjectState;    // ops_project.cpp: cuBLASLt, workspaces, partial sums
   struct AttentionState;  // ops_attention.cpp: the step's work list, partial results
   struct SampleState;     // ops_sample.cpp: pinned results
+
+  static void check_attention(const KvLayer& cache, DType dtype);  // throws InvalidArgument
+  void check_sampling(std::int64_t vocab_size) const;
 
   std::shared_ptr<ProjectState> make_project_state();
   std::shared_ptr<AttentionState> make_attention_state();

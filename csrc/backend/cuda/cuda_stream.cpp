@@ -14,7 +14,15 @@ CudaStream::~CudaStream() { cudaStreamDestroy(stream_); }
 void CudaStream::synchronize() {
   use_device(device_);
   DZ_CUDA(cudaStreamSynchronize(stream_));
-  for (const std::function<void()>& call : std::exchange(calls_, {})) call();
+  passed(marks_);
+}
+
+void CudaStream::passed(std::int64_t mark) {
+  while (!calls_.empty() && calls_.front().first <= mark) {
+    const std::function<void()> call = std::move(calls_.front().second);
+    calls_.pop_front();
+    call();
+  }
 }
 
 CudaStream& to_cuda(Stream& stream) {

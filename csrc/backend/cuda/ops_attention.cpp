@@ -60,13 +60,13 @@ bool same_sequences(std::span<const AttentionSequence> a, std::span<const Attent
                     });
 }
 
-void check(const PagedAttentionParams& params) {
-  const KvLayer& cache = params.cache;
-  DZ_CHECK(params.dtype == DType::kFloat16 || params.dtype == DType::kBFloat16,
-           "paged_attention: the CUDA backend computes in float16 or bfloat16, got ",
-           name(params.dtype));
-  DZ_CHECK(cache.dtype == params.dtype, "paged_attention: the KV cache must be ",
-           name(params.dtype), " like qkv, got ", name(cache.dtype));
+}  // namespace
+
+void CudaOps::check_attention(const KvLayer& cache, DType dtype) {
+  DZ_CHECK(dtype == DType::kFloat16 || dtype == DType::kBFloat16,
+           "paged_attention: the CUDA backend computes in float16 or bfloat16, got ", name(dtype));
+  DZ_CHECK(cache.dtype == dtype, "paged_attention: the KV cache must be ", name(dtype),
+           " like the activations, got ", name(cache.dtype));
   DZ_CHECK(is_attention_head_dim(cache.head_dim),
            "paged_attention: the CUDA backend serves head_dim 64, 96, 128 and 256, got ",
            cache.head_dim);
@@ -77,11 +77,7 @@ void check(const PagedAttentionParams& params) {
   DZ_CHECK(rows <= std::numeric_limits<std::int32_t>::max(),
            "paged_attention: num_blocks * num_kv_heads * block_size must be below 2^31, got ",
            rows);
-  DZ_CHECK(params.scale > 0, "paged_attention: the CUDA backend needs a positive scale, got ",
-           params.scale);
 }
-
-}  // namespace
 
 struct CudaOps::AttentionState {
   // The scratch of a shape. What a recorded step holds must stay, so a larger one is added.
@@ -128,8 +124,10 @@ std::shared_ptr<CudaOps::AttentionState> CudaOps::make_attention_state() {
 }
 
 void CudaOps::run(const PagedAttentionParams& params, Stream& stream) {
-  check(params);
   const KvLayer& cache = params.cache;
+  check_attention(cache, params.dtype);
+  DZ_CHECK(params.scale > 0, "paged_attention: the CUDA backend needs a positive scale, got ",
+           params.scale);
   CudaStream& cuda_stream = to_cuda(stream);
   AttentionState& state = *attention_;
   const AttentionShape shape{params.num_heads, cache.num_kv_heads, cache.head_dim,

@@ -24,7 +24,7 @@ void CudaOps::run(const EmbedParams& params, Stream& stream) {
     embed_deltas_.push_back(delta != nullptr ? *delta : DeltaMatrix{});
   }
   const EmbedLaunch embed{.tokens = args_.put(rows_of(params.tokens, params.num_rows), queue),
-                          .sampled = nullptr,
+                          .sampled = params.sampled,
                           .table = params.table.data,
                           .row_deltas = args_.put(std::span(std::as_const(embed_deltas_)), queue),
                           .out = params.out,

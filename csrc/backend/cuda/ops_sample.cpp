@@ -135,10 +135,14 @@ std::shared_ptr<CudaOps::SampleState> CudaOps::make_sample_state() {
   return std::make_shared<SampleState>();
 }
 
-void CudaOps::run(const SampleParams& params, Stream& stream) {
+void CudaOps::check_sampling(std::int64_t vocab_size) const {
   const std::int64_t max_vocab = max_sample_vocab(info_.shared_bytes_per_block);
-  DZ_CHECK(params.vocab_size <= max_vocab, "sample: a CUDA device takes vocabularies of up to ",
-           max_vocab, " tokens, got ", params.vocab_size);
+  DZ_CHECK(vocab_size <= max_vocab, "sample: this CUDA device takes vocabularies of up to ",
+           max_vocab, " tokens, got ", vocab_size);
+}
+
+void CudaOps::run(const SampleParams& params, Stream& stream) {
+  check_sampling(params.vocab_size);
   DZ_INTERNAL(args_.mode() == StepMode::kEager, "sampling is not part of a recorded step");
   CudaStream& queue = to_cuda(stream);
   const std::int64_t row_bytes =
@@ -154,7 +158,7 @@ void CudaOps::run(const SampleParams& params, Stream& stream) {
     launch_sample({.logits = static_cast<const char*>(params.logits) + first * row_bytes,
                    .rows = lists.put(args_, queue),
                    .results = results->rows,
-                   .tokens = nullptr,
+                   .tokens = params.tokens == nullptr ? nullptr : params.tokens + first,
                    .num_rows = static_cast<std::int64_t>(count),
                    .vocab_size = params.vocab_size,
                    .dtype = params.dtype},

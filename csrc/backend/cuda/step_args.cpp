@@ -103,19 +103,29 @@ void StepArgs::upload(CudaStream& stream) {
 
 std::size_t StepArgs::num_bytes() const { return graph_->used; }
 
-void StepArgs::forget() {
+void StepArgs::forget(std::int64_t mark) {
+  if (mark != mark_) return;
   ++step_;
   will_forget_ = false;
   eager_->restart();
 }
 
+void StepArgs::begin_eager(CudaStream& stream) {
+  if (stream.mark() == mark_) return;
+  mark_ = stream.mark();
+  ++step_;
+  will_forget_ = false;
+  eager_->turn();
+}
+
 const void* StepArgs::put_bytes(const void* host, std::size_t num_bytes, CudaStream& stream) {
   const bool is_eager = mode_ == StepMode::kEager;
+  if (is_eager) begin_eager(stream);
   return place(is_eager ? *eager_ : *graph_, host, num_bytes, stream, is_eager);
 }
 
 const void* StepArgs::put_tail_bytes(const void* host, std::size_t num_bytes, CudaStream& stream) {
-  if (mode_ == StepMode::kEager) return place(*eager_, host, num_bytes, stream, true);
+  if (mode_ == StepMode::kEager) return put_bytes(host, num_bytes, stream);
   const void* at = place(*tail_, host, num_bytes, stream, false);
   DZ_INTERNAL(at == tail_->device, "a step has one tail");
   return at;
@@ -145,7 +155,7 @@ const void* StepArgs::place(Arena& arena, const void* host, std::size_t num_byte
   arena.places.emplace(Arena::Key{host, num_bytes}, offset);
   if (copies_now) {
     arena.upload(stream.get());
-    if (!will_forget_) stream.when_passed([this] { forget(); });
+    if (!will_forget_) stream.when_passed([this, mark = mark_] { forget(mark); });
     will_forget_ = true;
   }
   return arena.device + offset;

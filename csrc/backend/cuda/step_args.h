@@ -28,8 +28,8 @@ class StepArgs {
   StepArgs(const StepArgs&) = delete;
   StepArgs& operator=(const StepArgs&) = delete;
 
-  // The device address of a copy of `host`, which must keep its contents until the stream has
-  // passed. The same array put again within a step is copied once.
+  // The device address of a copy of `host`, made before this returns. The same array put again
+  // within a step is copied once.
   template <typename T>
   const T* put(std::span<const T> host, CudaStream& stream) {
     return static_cast<const T*>(put_bytes(host.data(), host.size_bytes(), stream));
@@ -43,7 +43,8 @@ class StepArgs {
   // False while a recorded graph is refreshed: what it will launch must not be launched now.
   bool launching() const { return mode_ != StepMode::kReplay; }
   StepMode mode() const { return mode_; }
-  // Within one step an array at one address keeps its contents: what an op made of it may be kept.
+  // Between two marks of the stream lies one step. Within it an array at one address keeps its
+  // contents: what an op made of it may be kept.
   std::int64_t step() const { return step_; }
 
   void begin(StepMode mode);        // kRecord or kReplay
@@ -58,11 +59,15 @@ class StepArgs {
   const void* place(Arena& arena, const void* host, std::size_t num_bytes, CudaStream& stream,
                     bool copies_now);
 
-  void forget();  // the stream has passed: eager arguments may be overwritten
+  void begin_eager(CudaStream& stream);  // if a mark was set since the last eager argument
+  // All that was put until `mark` has passed: eager arguments may be overwritten, unless a later
+  // step's lie there already.
+  void forget(std::int64_t mark);
 
   StepMode mode_ = StepMode::kEager;
   std::int64_t step_ = 0;
-  bool will_forget_ = false;  // the stream has been asked to say when it has passed
+  std::int64_t mark_ = 0;     // of the eager arguments
+  bool will_forget_ = false;  // the stream has been asked to say when they have passed
   std::unique_ptr<Arena> eager_, graph_, tail_;
 };
 

@@ -29,6 +29,9 @@ class Event {
   virtual void record(Stream& stream) = 0;
   virtual bool is_done() const = 0;
   virtual void wait(Stream& stream) = 0;  // later work of `stream` waits for the recorded point
+  // Returns when the recorded point has passed. As Stream::synchronize(), but what was given to the
+  // stream since then may still run.
+  virtual void synchronize() = 0;
 };
 
 // Device memory. Freed on destruction; movable, not copyable.
@@ -67,6 +70,13 @@ struct BackendOptions {
 // order, with equal shapes, counts and device pointers; the contents of host arrays may differ.
 using StepKey = std::array<std::int32_t, 4>;
 
+// What a model asks of its device, whatever its requests are.
+struct ModelShape {
+  KvLayer cache;                  // without data
+  DType dtype = DType::kFloat32;  // of activations
+  std::int64_t vocab_size = 0;
+};
+
 // One device: memory, streams, events, the packing of weights, and its Ops.
 // One per engine; used by the engine's thread, except that any thread may call pack_*, tile_delta,
 // allocate*, and copies and events on a stream of its own. Memory is 64-byte aligned.
@@ -81,6 +91,9 @@ class Backend {
   virtual DType activation_dtype(DType weight_dtype) const = 0;  // CPU: always float32
   // What pack_weight makes of a checkpoint's dtype. CPU: the same.
   virtual DType packed_dtype(DType dtype) const { return dtype; }
+
+  // Throws InvalidArgument if a step of such a model might be refused: better at start.
+  virtual void check_model(const ModelShape& /*shape*/) const {}
 
   virtual Buffer allocate(std::size_t num_bytes) = 0;       // throws ResourceExhausted
   virtual Buffer allocate_host(std::size_t num_bytes) = 0;  // pinned where that exists

@@ -10,14 +10,17 @@ namespace deltazip {
 class Stream;
 
 // The mathematics of a model. A public op checks shapes and dtypes once, for every backend, then
-// hands plain Params to the backend's run(). Host arrays must live until the stream has passed.
-// Every op throws InvalidArgument on a mismatch, naming what was expected and what came.
+// hands plain Params to the backend's run(). Host arrays are read before an op returns; what it
+// writes to the host is there once the stream, or an event recorded after it, was synchronized
+// with. Every op throws InvalidArgument on a mismatch, naming what was expected and what came.
 class Ops {
  public:
   virtual ~Ops() = default;
 
+  // A token t < 0 stands for sampled[~t], which lies on the device: sample() has put it there.
   void embed(TensorView out, std::span<const std::int32_t> tokens, const PackedMatrix& table,
-             std::span<const DeltaMatrix* const> row_deltas, Stream& stream);
+             std::span<const DeltaMatrix* const> row_deltas, Stream& stream,
+             std::span<const std::int32_t> sampled = {});
   // y is of x's dtype or float32, here and in the next two.
   void linear(TensorView y, ConstTensorView x, const PackedMatrix& weight, Stream& stream);
   void sbmm(TensorView y, ConstTensorView x, std::span<const SbmmTask> tasks, Stream& stream);
@@ -39,8 +42,10 @@ class Ops {
                        float scale, Stream& stream);
   void gather_rows(TensorView out, ConstTensorView x, std::span<const std::int32_t> rows,
                    Stream& stream);
+  // `tokens`, on the device, gets the chosen tokens too, one for each row; empty: it does not.
   void sample(std::span<SampledToken> out, ConstTensorView logits,
-              std::span<const SamplingRow> rows, Stream& stream);
+              std::span<const SamplingRow> rows, Stream& stream,
+              std::span<std::int32_t> tokens = {});
 
  protected:
   virtual void run(const EmbedParams& params, Stream& stream) = 0;

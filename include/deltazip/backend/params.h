@@ -56,12 +56,13 @@ struct ProjectParams {
 
 // out = table[token] (+ delta[token] of the row's variant).
 struct EmbedParams {
-  const std::int32_t* tokens;            // host, [num_rows]
+  const std::int32_t* tokens;            // host, [num_rows]; t < 0 stands for sampled[~t]
   PackedMatrix table;                    // [vocab_size, hidden_size]
   const DeltaMatrix* const* row_deltas;  // host, [num_rows] of pointers, nullptr: base only
   void* out;                             // [num_rows, hidden_size]
   std::int64_t num_rows;
-  DType dtype;  // of out
+  DType dtype;                  // of out
+  const std::int32_t* sampled;  // tokens that the host may not know yet; or nullptr
 };
 
 // residual += x (when x is given); out = residual / rms(residual) * gain of the row.
@@ -189,7 +190,8 @@ struct SampleParams {
   const SamplingRow* rows;  // host
   SampledToken* out;        // host
   std::int64_t num_rows, vocab_size;
-  DType dtype;  // of logits
+  DType dtype;           // of logits
+  std::int32_t* tokens;  // [num_rows] or nullptr: the chosen ones, 0 where there is none
 };
 
 }  // namespace deltazip

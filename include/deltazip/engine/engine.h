@@ -39,6 +39,7 @@ struct EngineConfig {
   std::int32_t max_model_len = 0;  // 0: the model's own
   std::int32_t max_variant_wait_steps = 64;
   bool prefix_caching = true;
+  bool warm_up = true;  // a device makes, measures and records at start what its steps will use
 };
 
 struct SamplingParams {

@@ -42,7 +42,7 @@ struct Segment {
 
 // One step's input, host memory. Rows are grouped by segment; a sequence's rows are neighbours.
 struct Batch {
-  std::vector<std::int32_t> tokens;        // [num_rows]
+  std::vector<std::int32_t> tokens;        // [num_rows]; t < 0 stands for Model::sampled()[~t]
   std::vector<std::int32_t> positions;     // [num_rows]
   std::vector<std::int64_t> cache_slots;   // [num_rows]
   std::vector<std::int32_t> rope_lengths;  // [num_rows]: length the dynamic RoPE scales for
@@ -92,9 +92,20 @@ class Model {
   std::shared_ptr<const VariantWeights> bind(const DeviceDelta& delta) const;
 
   // Returns logits, float32 [logit_rows, vocab_size] on the device, valid until the next call.
-  // `batch` must live until the stream has passed, and the stream must have passed before the next
-  // call. A decode step (one row each, all logits wanted) is padded to one of the backend's sizes.
+  // `batch` is read before this returns. The device may still be at work on the call before, not on
+  // one before that, and in the same stream. A decode step (one row each, all logits wanted) is
+  // padded to one of the backend's sizes.
   ConstTensorView forward(const Batch& batch, KvCache& cache, Stream& stream);
+  // On the device, [max_logit_rows]: where Ops::sample puts the tokens that the next step's batch
+  // may name before the host knows them.
+  std::span<std::int32_t> sampled() const;
+
+  // Steps without content, so that what a device makes or measures at first use is there before
+  // the first request. A decode of `num_rows` with room for the deltas of `num_variants` runs as
+  // often as it takes to record it. Waits for the stream.
+  void rehearse_decode(std::int32_t num_rows, std::int32_t num_variants, KvCache& cache,
+                       Stream& stream);
+  ConstTensorView rehearse_prefill(std::int32_t num_rows, KvCache& cache, Stream& stream);
 
  private:
   struct Impl;

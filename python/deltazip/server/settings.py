@@ -57,6 +57,7 @@ class Settings(BaseModel):
         64, ge=1, le=1 << 20, description="Steps before a waiting variant goes first."
     )
     prefix_caching: bool = Field(True, description="Reuse the KV of equal prefixes.")
+    warm_up: bool = Field(True, description="Let a device measure and record its steps at start.")
 
     max_body_mib: float = Field(8, gt=0, le=1024, description="Largest request body.")
     max_header_kib: float = Field(32, ge=1, le=1024, description="Largest request head.")
@@ -149,6 +150,7 @@ class Settings(BaseModel):
             "max_model_len": self.max_model_len,
             "max_variant_wait_steps": self.max_variant_wait_steps,
             "prefix_caching": self.prefix_caching,
+            "warm_up": self.warm_up,
         }
 
 

@@ -1,9 +1,14 @@
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "deltazip/backend/backend.h"
 #include "deltazip/base/error.h"
@@ -26,7 +31,7 @@ class OpsAccess : public Ops {
 // What decides a launch: the op, its shapes and counts, its device pointers. Not what host arrays
 // hold.
 inline std::string launch_of(const EmbedParams& p) {
-  return detail::concat("embed ", p.num_rows, " ", p.table.data, " ", p.out);
+  return detail::concat("embed ", p.num_rows, " ", p.table.data, " ", p.out, " ", p.sampled);
 }
 inline std::string launch_of(const LinearParams& p) {
   return detail::concat("linear ", p.num_rows, " ", p.x, " ", p.weight.data, " ", p.y);
@@ -59,7 +64,7 @@ inline std::string launch_of(const GatherRowsParams& p) {
   return detail::concat("gather_rows ", p.num_rows, " ", p.x, " ", p.out);
 }
 inline std::string launch_of(const SampleParams& p) {
-  return detail::concat("sample ", p.num_rows, " ", p.logits);
+  return detail::concat("sample ", p.num_rows, " ", p.logits, " ", p.tokens);
 }
 
 // Another backend's mathematics, each op shown to `on_op` first.
@@ -67,6 +72,17 @@ class WrappedOps : public Ops {
  public:
   explicit WrappedOps(Ops& inner) : inner_(inner) {}
   std::function<void(const std::string& launch)> on_op;
+  // As on a device that works apart: the host gets a stream's samples only with give_until().
+  bool holds_samples = false;
+  std::int64_t set_mark() { return num_marks_++; }
+  void give_until(std::int64_t mark, const Stream& stream) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(held_, [&](const Held& held) {
+      if (held.mark > mark || held.stream != &stream) return false;
+      std::ranges::copy(held.samples, held.out);
+      return true;
+    });
+  }
 
  protected:
   void run(const EmbedParams& p, Stream& s) override { pass(p, s); }
@@ -79,7 +95,20 @@ class WrappedOps : public Ops {
   void run(const RopeAppendParams& p, Stream& s) override { pass(p, s); }
   void run(const PagedAttentionParams& p, Stream& s) override { pass(p, s); }
   void run(const GatherRowsParams& p, Stream& s) override { pass(p, s); }
-  void run(const SampleParams& p, Stream& s) override { pass(p, s); }
+  void run(const SampleParams& p, Stream& s) override {
+    if (!holds_samples) return pass(p, s);
+    Held held{num_marks_, &s, p.out,
+              std::vector<SampledToken>(static_cast<std::size_t>(p.num_rows))};
+    SampleParams params = p;
+    params.out = held.samples.data();
+    pass(params, s);
+    SampledToken not_yet;
+    not_yet.token = -7;
+    not_yet.is_finite = false;
+    std::fill_n(p.out, p.num_rows, not_yet);
+    const std::lock_guard lock(mutex_);
+    held_.push_back(std::move(held));
+  }
 
  private:
   template <typename Params>
@@ -87,7 +116,17 @@ class WrappedOps : public Ops {
     if (on_op) on_op(launch_of(params));
     OpsAccess::run_on(inner_, params, stream);
   }
+  struct Held {
+    std::int64_t mark;
+    const Stream* stream;
+    SampledToken* out;
+    std::vector<SampledToken> samples;
+  };
+
   Ops& inner_;
+  std::atomic<std::int64_t> num_marks_ = 0;
+  std::mutex mutex_;  // of held_: streams belong to several threads
+  std::vector<Held> held_;
 };
 
 // Another backend with some answers changed by who derives from it.
@@ -106,6 +145,7 @@ class WrappedBackend : public Backend {
   bool shares_host_memory() const override { return inner_->shares_host_memory(); }
   DType activation_dtype(DType weights) const override { return inner_->activation_dtype(weights); }
   DType packed_dtype(DType dtype) const override { return inner_->packed_dtype(dtype); }
+  void check_model(const ModelShape& shape) const override { inner_->check_model(shape); }
   Buffer allocate(std::size_t num_bytes) override { return inner_->allocate(num_bytes); }
   Buffer allocate_host(std::size_t num_bytes) override { return inner_->allocate_host(num_bytes); }
   std::unique_ptr<Stream> create_stream() override { return inner_->create_stream(); }

@@ -170,20 +170,29 @@ TEST_P(EngineOnCuda, TheSameRequestIsAnsweredTheSame) {
   EXPECT_EQ(first.size(), 24u);
 }
 
-TEST_P(EngineOnCuda, HeadsThatNoKernelServesAreNamed) {
-  const TinyHouse narrow("{\"head_dim\": 16}");
-  EngineConfig config = narrow.config();
-  config.device = "cuda";
-  config.dtype = GetParam();
-  config.block_size = 8;
-  try {
-    Engine engine(config, test::silent);
-    test::Answer answer = test::ask_one(engine, make_request(1, "", {1, 2, 3}, 4));
-    EXPECT_EQ(answer.finish, Finish::kError);
-    EXPECT_NE(answer.error.find("head_dim"), std::string::npos) << answer.error;
-  } catch (const InvalidArgument& error) {
-    EXPECT_NE(std::string(error.what()).find("head_dim"), std::string::npos) << error.what();
-  }
+// Found out at start: at the first step it would end the engine.
+TEST_P(EngineOnCuda, WhatNoKernelServesIsRefusedAtStart) {
+  const auto refusal = [&](const TinyHouse& some_house, const EngineConfig& wrong) -> std::string {
+    EngineConfig config = wrong;
+    config.base = some_house.base().string();
+    try {
+      const Engine engine(config, test::silent);
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "nothing";
+  };
+  const TinyHouse narrow("{\"head_dim\": 16, \"dtype\": \"" + GetParam() + "\"}");
+  EXPECT_NE(refusal(narrow, config()).find("head_dim 64, 96, 128 and 256, got 16"),
+            std::string::npos)
+      << refusal(narrow, config());
+  EngineConfig wrong = config();
+  wrong.block_size = 12;
+  EXPECT_NE(refusal(house, wrong).find("multiple of 8, got 12"), std::string::npos)
+      << refusal(house, wrong);
+  wrong = config();
+  wrong.kv_dtype = "float32";
+  EXPECT_NE(refusal(house, wrong).find("got float32"), std::string::npos) << refusal(house, wrong);
 }
 
 }  // namespace
