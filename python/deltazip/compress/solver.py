@@ -7,8 +7,7 @@ can, and the later columns become w - e U_B,later. So a group's mask and values 
 by that cost: of the 32 ternary states, of the 96 of two bits, of the six masks of four bits.
 
 Source: Frantar & Alistarh, SparseGPT (2023), section 3; Frantar et al., GPTQ (2022); Yao et al.,
-DeltaZip (2025), Delta-Compress. Choosing a group jointly, the descent and refitting the scales are
-ours.
+DeltaZip (2025), Delta-Compress. Choosing a group jointly and refitting its scales are ours.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ _BLOCK_COLUMNS = 128
 # Rows solved together: they are independent, and this bounds memory at a large output layer.
 _BLOCK_ROWS = 8192
 _REFIT_SWEEPS = 2
-_DESCENT_SWEEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,26 +75,20 @@ class Factor:
         self.num_columns = hessian.shape[0]
         missing = -self.num_columns % 4
         self.hessian = torch.nn.functional.pad(hessian.float(), (0, missing, 0, missing))
-        self.damped, self.upper = _inverse_factor(self.hessian, damping)
-        corner = _corners(self.upper)
+        self.upper = _inverse_factor(self.hessian, damping)
+        groups = self.hessian.shape[0] // 4
+        index = torch.arange(groups, device=hessian.device)
+        corner = self.upper.reshape(groups, 4, groups, 4)[index, :, index, :]
         eye = torch.eye(4, device=hessian.device).expand_as(corner)
         self.inverse = torch.linalg.solve_triangular(corner, eye, upper=True)  # [groups, 4, 4]
         self.cost = self.inverse @ self.inverse.mT
 
 
-def _corners(matrix: Tensor) -> Tensor:
-    """[groups, 4, 4]: the blocks on the diagonal."""
-    groups = matrix.shape[0] // 4
-    index = torch.arange(groups, device=matrix.device)
-    return matrix.reshape(groups, 4, groups, 4)[index, :, index, :]
-
-
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped Hessian, and U, upper triangular, with U^T U its inverse."""
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with U^T U the inverse of the damped Hessian."""
     mean = float(hessian.diagonal().mean())
     if mean <= 0.0:
-        eye = torch.eye(hessian.shape[0], device=hessian.device)
-        return eye, eye
+        return torch.eye(hessian.shape[0], device=hessian.device)
     for attempt in range(6):
         damped = hessian.double()
         damped.diagonal().add_(mean * max(damping, 1e-6) * 10.0**attempt)
@@ -105,7 +97,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
-            return damped.float(), upper.float()
+            factor: Tensor = upper.float()
+            return factor
     raise ValueError("the Hessian has no inverse at any damping: are calibration inputs all alike?")
 
 
@@ -159,7 +152,6 @@ def _solve_rows(delta: Tensor, factor: Factor, spec: Spec) -> _Part:
     target = torch.nn.functional.pad(delta, (0, factor.hessian.shape[0] - columns))
     chooser = chooser_for(spec.type, delta.device)
     values, kept, scales = _sweep(target, factor, spec, chooser)
-    _descend(target, values, kept, scales, factor, spec, chooser)
     scales, lost = _refit_scales(target, values, scales, factor, spec.group_size)
     has_pairs = spec.type in (DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2)
     matrix = QuantizedMatrix(
@@ -222,46 +214,6 @@ def _sweep(
             block[:, local + 4 :] -= error @ upper[at : at + 4, at + 4 : end]
         weights[:, end:] -= errors @ upper[begin:end, end:]
     return values, kept, found
-
-
-def _descend(
-    target: Tensor,
-    values: Tensor,
-    kept: Tensor,
-    scales: Tensor,
-    factor: Factor,
-    spec: Spec,
-    chooser: Chooser,
-) -> None:
-    """Chooses each group anew, all others given; changes `values` and `kept` in place.
-
-    The sweep fixed a group before those after it, which it could only expect to make up for its
-    error. With all in place, moving group B by x changes the loss by x H_BB x^T - 2 x g_B^T, where
-    g = (target - compressed) H: least at the state nearest, by H_BB, to where it is + g_B H_BB^-1.
-    """
-    hessian, columns = factor.damped, target.shape[1]
-    corner = _corners(hessian)
-    inverse = torch.linalg.inv(corner)
-    gradient = (target - _expand(scales, spec.group_size, columns) * values) @ hessian
-    for _ in range(_DESCENT_SWEEPS):
-        for begin, end in _blocks(columns, spec.group_size):
-            moved = torch.zeros_like(values[:, begin:end])
-            near = gradient[:, begin:end].clone()
-            for at in range(begin, end, 4):
-                group, local = at // 4, at - begin
-                scale, cost = scales[:, at // spec.group_size, None], corner[group]
-                old = values[:, at : at + 4]
-                wanted = old * scale + near[:, local : local + 4] @ inverse[group]
-                new, pair = chooser.choose(wanted, scale, cost)
-                error, before = wanted - new * scale, wanted - old * scale
-                gain = ((before @ cost) * before - (error @ cost) * error).sum(dim=1)
-                better = gain > 0.0  # rounding one value after the other is not always the best
-                kept[:, group] = torch.where(better, pair, kept[:, group])
-                move = torch.where(better[:, None], new - old, 0.0)
-                values[:, at : at + 4] += move
-                moved[:, local : local + 4] = move * scale
-                near -= moved[:, local : local + 4] @ hessian[at : at + 4, begin:end]
-            gradient -= moved @ hessian[begin:end]
 
 
 def _refit_scales(
