@@ -256,6 +256,41 @@ TEST_P(SampleTest, NonFiniteLogitsAreFound) {
   EXPECT_EQ(out.token, 1);
 }
 
+// What was chosen is the next step's token before the host knows it.
+TEST_P(SampleTest, EmbedTakesChosenTokensFromTheDevice) {
+  constexpr std::int64_t kRows = 5, kVocab = 300, kHidden = 64;
+  const Matrix values = Matrix::random(kRows, kVocab, rng_);
+  const DeviceMatrix logits(backend(), stream(), kRows, kVocab, DType::kFloat32);
+  backend().copy_to_device(logits.view().data, values.data(), logits.view().num_bytes(), stream());
+  const Buffer memory = backend().allocate(kRows * sizeof(std::int32_t));
+  const std::span tokens(static_cast<std::int32_t*>(memory.data()), std::size_t{kRows});
+  const std::vector<SamplingRow> rows(kRows, kGreedy);
+  std::vector<SampledToken> chosen(kRows);
+  backend().ops().sample(chosen, logits.view(), rows, stream(), tokens);
+
+  const Weight table(backend(), stream(), kVocab, kHidden, DType::kBFloat16, rng_);
+  const std::vector<const DeltaMatrix*> none(kRows, nullptr);
+  const DType dtype = backend().activation_dtype(DType::kBFloat16);
+  const DeviceMatrix unknown(backend(), stream(), kRows, kHidden, dtype);
+  const std::vector<std::int32_t> names{~4, 7, ~0, ~0, ~2};
+  backend().ops().embed(unknown.view(), names, table.packed, none, stream(), tokens);
+  const std::unique_ptr<Event> computed = backend().create_event();
+  computed->record(stream());
+  computed->synchronize();
+  const std::vector<std::int32_t> known{chosen[4].token, 7, chosen[0].token, chosen[0].token,
+                                        chosen[2].token};
+  const DeviceMatrix expected(backend(), stream(), kRows, kHidden, dtype);
+  backend().ops().embed(expected.view(), known, table.packed, none, stream());
+  EXPECT_EQ(unknown.download(), expected.download());
+  EXPECT_TRUE(unknown.guards_intact());
+
+  const std::vector<std::int32_t> beyond{0, 1, 2, 3, ~5};
+  EXPECT_THROW(backend().ops().embed(unknown.view(), beyond, table.packed, none, stream(), tokens),
+               InvalidArgument);
+  EXPECT_THROW(backend().ops().sample(chosen, logits.view(), rows, stream(), tokens.first(4)),
+               InvalidArgument);
+}
+
 TEST_P(SampleTest, ASmallTemperatureIsGreedy) {
   const Matrix logits = row_of({1.0F, 1.001F, 0.0F});
   EXPECT_EQ(sample_one(logits, {.temperature = 1e-40F}).token, 1);

@@ -295,6 +295,37 @@ TEST_P(StepTest, AReplayedStepHasItsOwnContents) {
   }
 }
 
+// The next step is given before the last is waited for: what each was told is its own, also when
+// the host's arrays are gone.
+TEST_P(StepTest, StepsBehindOneAnotherHaveTheirOwnContents) {
+  constexpr std::size_t kNumSteps = 5;
+  Layer layer(*opened_.backend, *opened_.stream, 8, rng_);
+  const std::array<std::unique_ptr<Event>, 2> events{opened_.backend->create_event(),
+                                                     opened_.backend->create_event()};
+  for (int round = 0; round < 6; ++round) {
+    std::vector<Content> contents;
+    layer.reset();
+    for (std::size_t i = 0; i < kNumSteps; ++i) {
+      contents.push_back(layer.random_content(rng_));
+      layer.launch(contents.back(), true);
+    }
+    const Result expected = layer.result();
+    layer.reset();
+    for (std::size_t i = 0; i < kNumSteps; ++i) {
+      const auto content = std::make_unique<Content>(contents[i]);
+      if ((static_cast<std::size_t>(round) + i) % 3 == 0) {  // as a prefill among decodes
+        layer.launch(*content, false);
+      } else {
+        opened_.backend->run_step({9, 9, 9, 9}, *opened_.stream,
+                                  [&] { layer.launch(*content, false); });
+      }
+      events[i % 2]->record(*opened_.stream);
+      if (i > 0) events[(i - 1) % 2]->synchronize();
+    }
+    EXPECT_EQ(layer.result(), expected) << "round " << round;
+  }
+}
+
 // A refused step, the first of its key, one to be recorded or one to be replayed, leaves the next
 // ones alone.
 TEST_P(StepTest, AFailedStepIsForgotten) {
