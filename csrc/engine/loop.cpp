@@ -185,7 +185,7 @@ void Loop::end(const std::string& failure) {
     // What was launched may still write to steps_.
     try {
       stream_->synchronize();
-    } catch (const std::exception&) {  // a lost device says so again
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): a lost device says so again
     }
   }
 
