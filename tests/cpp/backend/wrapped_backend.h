@@ -72,8 +72,10 @@ class WrappedOps : public Ops {
  public:
   explicit WrappedOps(Ops& inner) : inner_(inner) {}
   std::function<void(const std::string& launch)> on_op;
+  std::function<void(const SbmmParams& deltas, const Stream& stream)> on_deltas;
   // As on a device that works apart: the host gets a stream's samples only with give_until().
   bool holds_samples = false;
+  std::int64_t mark() const { return num_marks_; }
   std::int64_t set_mark() { return num_marks_++; }
   void give_until(std::int64_t mark, const Stream& stream) {
     const std::lock_guard lock(mutex_);
@@ -87,8 +89,14 @@ class WrappedOps : public Ops {
  protected:
   void run(const EmbedParams& p, Stream& s) override { pass(p, s); }
   void run(const LinearParams& p, Stream& s) override { pass(p, s); }
-  void run(const SbmmParams& p, Stream& s) override { pass(p, s); }
-  void run(const ProjectParams& p, Stream& s) override { pass(p, s); }
+  void run(const SbmmParams& p, Stream& s) override {
+    if (on_deltas) on_deltas(p, s);
+    pass(p, s);
+  }
+  void run(const ProjectParams& p, Stream& s) override {
+    if (on_deltas) on_deltas(p.deltas, s);
+    pass(p, s);
+  }
   void run(const BiasAddParams& p, Stream& s) override { pass(p, s); }
   void run(const RmsNormParams& p, Stream& s) override { pass(p, s); }
   void run(const SiluMulParams& p, Stream& s) override { pass(p, s); }

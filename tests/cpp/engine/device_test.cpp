@@ -5,6 +5,7 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -22,25 +23,67 @@ using test::random_tokens;
 using test::TinyHouse;
 
 // Memory of its own, steps that are padded and replayed, samples that are there when they have been
-// waited for and not before; the arithmetic is the CPU's.
+// waited for and not before, memory that must not go while a step under way reads a delta in it;
+// the arithmetic is the CPU's.
 class ApartDevice : public test::ReplayCheck {
  public:
-  ApartDevice() : ReplayCheck({2, {}}) { wrapped_ops().holds_samples = true; }
+  ApartDevice() : ReplayCheck({2, {}}) {
+    wrapped_ops().holds_samples = true;
+    wrapped_ops().on_deltas = [this](const SbmmParams& deltas, const Stream& stream) {
+      const std::lock_guard lock(mutex_);
+      for (std::int32_t t = 0; t < deltas.num_tasks; ++t) {
+        const SbmmTask& task = deltas.tasks[t];
+        if (task.num_rows > 0 && task.delta.data != nullptr) {
+          reads_.push_back({wrapped_ops().mark(), &stream, task.delta.data});
+        }
+      }
+    };
+  }
+  Buffer allocate(std::size_t num_bytes) override {
+    auto* const inner = new Buffer(ReplayCheck::allocate(num_bytes));
+    void* const data = inner->data();
+    return {data, num_bytes, std::shared_ptr<void>(inner, [this, data, num_bytes](void* owned) {
+              check_unread(static_cast<const std::byte*>(data), num_bytes);
+              delete static_cast<Buffer*>(owned);
+            })};
+  }
   bool shares_host_memory() const override { return false; }
   std::unique_ptr<Stream> create_stream() override { return std::make_unique<LateStream>(*this); }
   std::unique_ptr<Event> create_event() override { return std::make_unique<LateEvent>(*this); }
 
  protected:
   virtual void on_wait() {}
+  std::atomic<bool> is_lost{false};
 
  private:
+  void passed(std::int64_t mark, const Stream& stream) {
+    on_wait();
+    wrapped_ops().give_until(mark, stream);
+    const std::lock_guard lock(mutex_);
+    std::erase_if(reads_,
+                  [&](const Read& read) { return read.mark <= mark && read.stream == &stream; });
+  }
+  void check_unread(const std::byte* data, std::size_t num_bytes) {
+    const std::lock_guard lock(mutex_);
+    for (const Read& read : reads_) {
+      const auto* const at = static_cast<const std::byte*>(read.delta);
+      EXPECT_TRUE(is_lost || at < data || at >= data + num_bytes)
+          << "a delta goes while a step under way reads it";
+    }
+  }
+
+  struct Read {
+    std::int64_t mark;
+    const Stream* stream;
+    const void* delta;
+  };
+  std::mutex mutex_;
+  std::vector<Read> reads_;
+
   class LateStream : public Stream {
    public:
     explicit LateStream(ApartDevice& device) : device_(device) {}
-    void synchronize() override {
-      device_.on_wait();
-      device_.wrapped_ops().give_until(std::numeric_limits<std::int64_t>::max(), *this);
-    }
+    void synchronize() override { device_.passed(std::numeric_limits<std::int64_t>::max(), *this); }
 
    private:
     ApartDevice& device_;
@@ -55,10 +98,7 @@ class ApartDevice : public test::ReplayCheck {
     bool is_done() const override { return true; }
     void wait(Stream&) override {}
     double ms_since(const Event&) const override { return 0.0; }
-    void synchronize() override {
-      device_.on_wait();
-      device_.wrapped_ops().give_until(mark_, *stream_);
-    }
+    void synchronize() override { device_.passed(mark_, *stream_); }
 
    private:
     ApartDevice& device_;
@@ -293,7 +333,9 @@ class LosableDevice : public ApartDevice {
  private:
   void on_wait() override { count(); }
   void count() {
-    if (is_armed_ && --calls_left_ < 0) throw InternalError("the device is lost");
+    if (!is_armed_ || --calls_left_ >= 0) return;
+    is_lost = true;
+    throw InternalError("the device is lost");
   }
   std::atomic<bool> is_armed_{false};
   std::atomic<int> calls_left_;
