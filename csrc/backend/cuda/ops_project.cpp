@@ -24,11 +24,6 @@ static_assert(kMergeRows > BaseProduct::kMaxStreamTokens, "the merged weight is 
 // Gate and up of the Llama-3-8B shape are 235 MB, of Llama-2-13B 283 MB.
 constexpr std::size_t kMergeBytes = std::size_t{288} << 20;
 
-// Partial sums of SBMM, one shared row block a CTA: of 28672 columns and 16 tokens 61 MB on 132
-// multiprocessors. What needs more takes whole row blocks a CTA.
-constexpr std::size_t kSbmmScratchFloats = std::size_t{16} << 20;
-constexpr std::size_t kSbmmCounters = std::size_t{1} << 20;
-
 const void* advance(const void* pointer, std::int64_t num_bytes) {
   return static_cast<const std::byte*>(pointer) + num_bytes;
 }
@@ -60,12 +55,7 @@ struct CudaOps::ProjectState {
   explicit ProjectState(const DeviceInfo& info)
       : merged(kMergeBytes),
         base(info.num_sms, info.compute_capability,
-             {static_cast<const std::byte*>(merged.data()), merged.num_bytes()}),
-        sbmm_scratch(kSbmmScratchFloats * sizeof(float)),
-        sbmm_counters(kSbmmCounters * sizeof(std::int32_t)) {
-    DZ_CUDA(cudaMemset(sbmm_counters.data(), 0, sbmm_counters.num_bytes()));
-    DZ_CUDA(cudaDeviceSynchronize());
-  }
+             {static_cast<const std::byte*>(merged.data()), merged.num_bytes()}) {}
 
   // A recorded step's plans live side by side, since StepArgs knows an array by its address.
   SbmmPlan& next_plan(const StepArgs& args) {
@@ -84,7 +74,6 @@ struct CudaOps::ProjectState {
 
   DeviceMemory merged;
   BaseProduct base;
-  DeviceMemory sbmm_scratch, sbmm_counters;
   SbmmPlan eager_plan;
   std::vector<std::unique_ptr<SbmmPlan>> plans;
   std::size_t num_plans = 0;
@@ -154,13 +143,11 @@ void CudaOps::run(const SbmmParams& params, Stream& stream) {
   CudaStream& queue = to_cuda(stream);
   SbmmPlan& plan = project_->next_plan(args_);
   make_sbmm_plan(plan, {params.tasks, static_cast<std::size_t>(params.num_tasks)},
-                 {info_.num_sms, kSbmmScratchFloats, kSbmmCounters});
+                 info_.num_sms);
   const SbmmLaunch sbmm{.x = params.x,
                         .y = params.y,
                         .tasks = args_.put(std::span<const SbmmDeviceTask>(plan.tasks), queue),
                         .ranges = args_.put(std::span<const SbmmCtaRange>(plan.ranges), queue),
-                        .scratch = static_cast<float*>(project_->sbmm_scratch.data()),
-                        .counters = static_cast<std::int32_t*>(project_->sbmm_counters.data()),
                         .x_stride = params.in_features,
                         .y_stride = params.out_features,
                         .num_ctas = static_cast<std::int32_t>(plan.ranges.size()),

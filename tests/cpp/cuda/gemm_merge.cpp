@@ -50,21 +50,14 @@ class Sparse {
  public:
   Sparse(const Case& c, std::int64_t tokens) : c_(c) {
     plans_.resize(kLaunches);
-    std::size_t scratch = 1, counters = 1;
     for (std::size_t i = 0; i < kLaunches; ++i) {
       SbmmTask task;
       task.delta = c.matrix(i);
       task.num_rows = static_cast<std::int32_t>(tokens);
-      make_sbmm_plan(plans_[i], {&task, 1},
-                     {c.num_sms, std::size_t{16} << 20, std::size_t{1} << 20});
-      scratch = std::max(scratch, plans_[i].scratch_floats);
-      counters = std::max(counters, plans_[i].num_counters);
+      make_sbmm_plan(plans_[i], {&task, 1}, c.num_sms);
       tasks_.insert(tasks_.end(), plans_[i].tasks.begin(), plans_[i].tasks.end());
       ranges_.insert(ranges_.end(), plans_[i].ranges.begin(), plans_[i].ranges.end());
     }
-    scratch_.emplace(4 * scratch);
-    counters_.emplace(4 * counters);
-    DZ_CUDA(cudaMemset(counters_->get(), 0, counters_->num_bytes()));
     device_tasks_.emplace(tasks_.size() * sizeof(SbmmDeviceTask));
     device_ranges_.emplace(ranges_.size() * sizeof(SbmmCtaRange));
     DZ_CUDA(cudaMemcpy(device_tasks_->get(), tasks_.data(), device_tasks_->num_bytes(),
@@ -78,8 +71,6 @@ class Sparse {
                  .y = c_.y.get(),
                  .tasks = device_tasks_->get<SbmmDeviceTask>() + i,
                  .ranges = device_ranges_->get<SbmmCtaRange>() + i * num_ctas,
-                 .scratch = scratch_->get<float>(),
-                 .counters = counters_->get<std::int32_t>(),
                  .x_stride = c_.shape.in,
                  .y_stride = c_.shape.out,
                  .num_ctas = static_cast<std::int32_t>(num_ctas),
@@ -93,7 +84,7 @@ class Sparse {
   std::vector<SbmmPlan> plans_;
   std::vector<SbmmDeviceTask> tasks_;
   std::vector<SbmmCtaRange> ranges_;
-  std::optional<Memory> scratch_, counters_, device_tasks_, device_ranges_;
+  std::optional<Memory> device_tasks_, device_ranges_;
 };
 
 }  // namespace

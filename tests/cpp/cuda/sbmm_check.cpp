@@ -1,4 +1,4 @@
-// sbmm_check [verify | verify=WORD | time | anchors | tunings]...: SBMM on the current CUDA device,
+// sbmm_check [verify | verify=WORD | time | anchors]...: SBMM on the current CUDA device,
 // without the engine.
 
 #include <cstdio>
@@ -22,10 +22,8 @@ int main(int argc, char** argv) {
         time_sbmm(TimedCases::kAll);
       } else if (what == "anchors") {
         time_sbmm(TimedCases::kAnchors);
-      } else if (what == "tunings") {
-        time_sbmm(TimedCases::kTunings);
       } else {
-        printf("unknown: %s; expected verify[=WORD], time, anchors or tunings\n", argv[i]);
+        printf("unknown: %s; expected verify[=WORD], time or anchors\n", argv[i]);
         return 2;
       }
     }

@@ -36,8 +36,7 @@ class Timer {
   }
 
   // Launches of num_deltas deltas of `tokens` rows each; num_deltas 0: enough for `wanted` bytes.
-  Timing run(const TiledDelta& delta, int tokens, int num_deltas, double wanted, DType dtype,
-             const cuda::SbmmTuning& tuning = {}) {
+  Timing run(const TiledDelta& delta, int tokens, int num_deltas, double wanted, DType dtype) {
     const std::vector<std::uint8_t>& host = delta.tiled;
     const auto size = static_cast<double>(host.size());
     if (num_deltas == 0) num_deltas = std::max(1, static_cast<int>(std::lround(wanted / size)));
@@ -59,7 +58,6 @@ class Timer {
     x_device.upload(x);
     DZ_CUDA(cudaMemset(y.as<void>(), 0, static_cast<std::size_t>(rows * delta.rows) * 2));
     std::vector<cuda::SbmmPlan> plans(kLaunches);
-    std::size_t scratch_floats = 1, num_counters = 1;
     int next = 0;
     for (cuda::SbmmPlan& plan : plans) {
       std::vector<SbmmTask> tasks;
@@ -71,13 +69,8 @@ class Timer {
         task.num_rows = tokens;
         tasks.push_back(task);
       }
-      cuda::make_sbmm_plan(plan, tasks,
-                           {num_sms_, std::size_t{1} << 28, std::size_t{1} << 24, tuning});
-      scratch_floats = std::max(scratch_floats, plan.scratch_floats);
-      num_counters = std::max(num_counters, plan.num_counters);
+      cuda::make_sbmm_plan(plan, tasks, num_sms_);
     }
-    DeviceBytes scratch(scratch_floats * 4), counters(num_counters * 4);
-    DZ_CUDA(cudaMemset(counters.as<void>(), 0, num_counters * 4));
     std::vector<cuda::SbmmDeviceTask> tasks;
     std::vector<cuda::SbmmCtaRange> ranges;
     for (const cuda::SbmmPlan& plan : plans) {
@@ -96,8 +89,6 @@ class Timer {
       launch.y = y.as<void>();
       launch.tasks = task_bytes.as<cuda::SbmmDeviceTask>() + i * num_deltas;
       launch.ranges = range_bytes.as<cuda::SbmmCtaRange>() + i * num_sms_;
-      launch.scratch = scratch.as<float>();
-      launch.counters = counters.as<std::int32_t>();
       launch.x_stride = delta.columns;
       launch.y_stride = delta.rows;
       launch.num_ctas = num_sms_;
@@ -142,8 +133,8 @@ void time_sbmm(TimedCases cases) {
   printf("%-17s %5s x %-5s %4s %3s %4s %7s %8s %7s %6s\n", "type", "K", "N", "g", "t", "D", "MB",
          "us", "GB/s", "share");
   const auto line = [&](const TiledDelta& delta, int tokens, int num_deltas, double wanted,
-                        DType dtype, const cuda::SbmmTuning& tuning = {}) {
-    const Timing timing = timer.run(delta, tokens, num_deltas, wanted, dtype, tuning);
+                        DType dtype) {
+    const Timing timing = timer.run(delta, tokens, num_deltas, wanted, dtype);
     const double size = static_cast<double>(
         cuda::tiled_delta_bytes(delta.type, delta.rows, delta.columns, delta.group_size));
     printf("%-17s %5ld x %-5ld %4d %3d %4d %7.1f %8.1f %7.0f %5.1f%%%s\n", name(delta.type).data(),
@@ -152,40 +143,11 @@ void time_sbmm(TimedCases cases) {
            timing.bytes / timing.us / 1e3, timing.bytes / timing.us / 1e4 / stream,
            dtype == DType::kBFloat16 ? " bf16" : "");
   };
-  if (cases == TimedCases::kTunings) {
-    struct Tuning {
-      const char* what;
-      int records;  // of a stage; 0: as it is
-      int ring_kilobytes;
-      bool streams_x;
-    };
-    for (const Tuning& tuning :
-         {Tuning{"as it is", 0, 112, false}, Tuning{"stages of 4", 4, 112, false},
-          Tuning{"stages of 8", 8, 112, false}, Tuning{"stages of 16", 16, 112, false},
-          Tuning{"ring 64 KB", 0, 64, false}, Tuning{"ring 176 KB", 0, 176, false},
-          Tuning{"x in stages", 0, 112, true}}) {
-      printf("%s\n", tuning.what);
-      cuda::SbmmTuning chosen;
-      if (tuning.records > 0)
-        chosen.records_per_stage.fill(static_cast<std::uint8_t>(tuning.records));
-      chosen.ring_bytes = tuning.ring_kilobytes * 1024;
-      chosen.always_streams_x = tuning.streams_x;
-      for (const Shape shape : {Shape{4096, 4096}, Shape{11008, 4096}}) {
-        for (int type = 0; type < 3; ++type) {
-          const TiledDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, 128, rng);
-          for (const double wanted : {20e6, 125e6}) {
-            for (const int tokens : {1, 8}) line(delta, tokens, 0, wanted, DType::kFloat16, chosen);
-          }
-        }
-      }
-    }
-    return;
-  }
   if (cases == TimedCases::kAnchors) {
     for (const Shape shape : {Shape{4096, 4096}, Shape{4096, 11008}, Shape{11008, 4096}}) {
       for (int type = 0; type < 3; ++type) {
         const TiledDelta delta(static_cast<DeltaType>(type), shape.rows, shape.columns, 128, rng);
-        for (const int num_deltas : {8, 32}) line(delta, 1, num_deltas, 0, DType::kFloat16);
+        for (const int num_deltas : {1, 2, 8, 32}) line(delta, 1, num_deltas, 0, DType::kFloat16);
         for (const int tokens : {8, 16, 32}) line(delta, tokens, 32, 0, DType::kFloat16);
       }
     }

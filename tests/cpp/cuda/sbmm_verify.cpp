@@ -13,8 +13,6 @@ namespace {
 
 using cuda::SbmmPlan;
 
-constexpr std::size_t kScratchFloats = std::size_t{64} << 20, kCounters = 1 << 20;
-
 // A task of a case: which delta, which rows, where it goes.
 struct Piece {
   const RandomDelta* delta;  // nullptr: none
@@ -37,8 +35,7 @@ float from_bits(std::uint16_t bits, DType dtype) {
 
 class Checker {
  public:
-  Checker() : scratch_(kScratchFloats * 4), counters_(kCounters * 4) {
-    DZ_CUDA(cudaMemset(counters_.as<void>(), 0, kCounters * 4));
+  Checker() {
     int device = 0;
     DZ_CUDA(cudaGetDevice(&device));
     DZ_CUDA(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device));
@@ -70,7 +67,7 @@ class Checker {
 
   // y after the launch as floats. Prints and counts what is wrong.
   std::vector<float> run(const char* what, const Case& c, const std::vector<float>& x,
-                         bool no_scratch = false, int num_ctas = 0) {
+                         int num_ctas = 0) {
     const std::size_t in_size = static_cast<std::size_t>(c.num_rows * c.in_features);
     const std::size_t out_size = static_cast<std::size_t>(c.num_rows * c.out_features);
     // Around y lies -0, which not even adding zero leaves as it is.
@@ -93,7 +90,6 @@ class Checker {
     }
     DeviceBytes x_device(in_size * 2 + 256), y_device(y_float.size() * 4);
     x_device.upload(x_bits);  // what follows is NaN
-    scratch_.poison();
 
     std::vector<SbmmTask> tasks;
     for (const Piece& piece : c.pieces) {
@@ -109,8 +105,7 @@ class Checker {
     }
     SbmmPlan plan;
     const int ctas = num_ctas > 0 ? num_ctas : num_sms_;
-    cuda::make_sbmm_plan(plan, tasks,
-                         {ctas, no_scratch ? 0 : kScratchFloats, no_scratch ? 0 : kCounters});
+    cuda::make_sbmm_plan(plan, tasks, ctas);
     DeviceBytes task_bytes(plan.tasks.size() * sizeof(plan.tasks[0])),
         range_bytes(plan.ranges.size() * sizeof(plan.ranges[0]));
     task_bytes.upload(plan.tasks);
@@ -120,8 +115,6 @@ class Checker {
     launch.y = y_device.as<unsigned char>() + kGuard * (is_float ? 4 : 2);
     launch.tasks = task_bytes.as<cuda::SbmmDeviceTask>();
     launch.ranges = range_bytes.as<cuda::SbmmCtaRange>();
-    launch.scratch = scratch_.as<float>();
-    launch.counters = counters_.as<std::int32_t>();
     launch.x_stride = c.in_features;
     launch.y_stride = c.out_features;
     launch.num_ctas = ctas;
@@ -158,12 +151,6 @@ class Checker {
       y.assign(all.begin() + kGuard, all.begin() + static_cast<std::ptrdiff_t>(kGuard + out_size));
       if (repeat == 0) first = y;
       is_repeatable &= std::memcmp(first.data(), y.data(), out_size * 4) == 0;
-    }
-    if (plan.num_counters > 0) {
-      const auto counts = counters_.download<std::int32_t>(plan.num_counters);
-      const auto left = std::count_if(counts.begin(), counts.end(), [](int n) { return n != 0; });
-      if (left > 0) report("%s: %zd counters are not zero again", what, left);
-      if (left > 0) DZ_CUDA(cudaMemset(counters_.as<void>(), 0, kCounters * 4));
     }
     if (guards_broken > 0) report("%s: %zu values around y were written", what, guards_broken);
     if (!is_repeatable) report("%s: launches of the same input differ", what);
@@ -255,7 +242,6 @@ class Checker {
     DType dtype;
     std::vector<double> sums;
   };
-  DeviceBytes scratch_, counters_;
   std::vector<Reference> references_;
   std::vector<std::pair<const RandomDelta*, DeviceBytes>> tiled_;
   std::vector<DeviceBytes> dense_;
@@ -310,12 +296,8 @@ void check_shapes(Checker& checker, std::mt19937_64& rng, std::string_view filte
             c.y_dtype = dtype;
             checker.run((std::string(what) + " 16-bit y").c_str(), c, x);
             c.y_dtype = DType::kFloat32;
-            const auto whole =
-                checker.run((std::string(what) + " without scratch").c_str(), c, x, true);
-            const auto few =
-                checker.run((std::string(what) + " on 7 CTAs").c_str(), c, x, false, 7);
-            if (std::memcmp(whole.data(), y.data(), y.size() * 4) != 0 ||
-                std::memcmp(few.data(), y.data(), y.size() * 4) != 0) {
+            const auto few = checker.run((std::string(what) + " on 7 CTAs").c_str(), c, x, 7);
+            if (std::memcmp(few.data(), y.data(), y.size() * 4) != 0) {
               checker.report("%s: bits depend on how the work is shared", what);
             }
           }

@@ -3,9 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
-#include <set>
-#include <utility>
 
 #include "backend/cuda/kernels/sbmm/config.h"
 #include "backend/cuda/kernels/sbmm/decode.cuh"
@@ -210,8 +207,8 @@ TEST_P(SbmmTileTest, RefusesSpansOfTheWrongSize) {
   EXPECT_THROW(tiled_delta_bytes(GetParam(), 16, 64, 33), InvalidArgument);
 }
 
-// Every item of every task belongs to exactly one CTA, whatever the mixture, and row blocks that
-// CTAs share have scratch of their own.
+// Every item of every task belongs to exactly one CTA, whatever the mixture, and what a CTA needs
+// fits its shared memory.
 TEST(SbmmPlanTest, EveryItemHasOneCta) {
   Rng rng{11};
   const int dummy = 0;
@@ -228,20 +225,14 @@ TEST(SbmmPlanTest, EveryItemHasOneCta) {
     }
     SbmmPlan plan;
     const auto num_ctas = static_cast<std::int32_t>(1 + rng() % 140);
-    const std::size_t scratch = rng() % 2 == 0 ? std::size_t{1} << 40 : 0;
-    make_sbmm_plan(plan, tasks, {num_ctas, scratch, scratch});
+    make_sbmm_plan(plan, tasks, num_ctas);
     ASSERT_EQ(plan.ranges.size(), static_cast<std::size_t>(num_ctas));
     ASSERT_EQ(plan.tasks.size(), tasks.size());
     std::vector<std::int64_t> next(tasks.size(), 0);
-    // Of each shared row block, who has its first span: (task, row block with its piece) to CTA.
-    std::map<std::pair<std::int32_t, std::int32_t>, std::int32_t> owners;
-    std::set<std::int32_t> slots;
     for (std::int32_t cta = 0; cta < num_ctas; ++cta) {
       const SbmmCtaRange& range = plan.ranges[static_cast<std::size_t>(cta)];
-      ASSERT_GE(range.num_stages, 2);
-      ASSERT_LE(kBarrierBytes + 2 * kColumnParts * range.sum_tokens * kSumPitch * 4 +
-                    range.num_stages * range.stage_bytes + range.x_buffers * range.x_bytes,
-                kSharedBytes);
+      ASSERT_GE(range.x_buffers, 1);
+      ASSERT_LE(range.sum_bytes + range.x_buffers * range.x_bytes, kSharedBytes);
       for (std::int32_t t = range.first_task; t <= range.last_task && !tasks.empty(); ++t) {
         const auto& task = plan.tasks[static_cast<std::size_t>(t)];
         const std::int32_t first = t == range.first_task ? range.first_item : 0;
@@ -249,29 +240,10 @@ TEST(SbmmPlanTest, EveryItemHasOneCta) {
         if (first >= last) continue;
         ASSERT_EQ(first, next[static_cast<std::size_t>(t)]);
         next[static_cast<std::size_t>(t)] = last;
-        if (scratch == 0) {
-          ASSERT_EQ(first % task.spans, 0);
-          ASSERT_EQ(last % task.spans, 0);
-        }
-        if (first % task.spans != 0) {
-          ASSERT_EQ(range.first_slot, (owners[{t, first / task.spans}]));
-        }
-        if (last % task.spans != 0 &&
-            (last / task.spans > first / task.spans || first % task.spans == 0)) {
-          owners[{t, last / task.spans}] = cta;
-          ASSERT_TRUE(slots.insert(cta).second) << "two row blocks in one CTA's scratch";
-        }
-        ASSERT_LE(task.piece_tokens, std::min(kPassTokens, range.sum_tokens));
-        ASSERT_EQ(kSpanRecords % task.stage_records, 0);
-        const std::int64_t streamed_x =
-            range.x_buffers > 0 ? 0 : task.piece_tokens * (task.stage_records * 256 + kXPadBytes);
-        if (range.x_buffers > 0) {
-          ASSERT_LE(std::int64_t{task.piece_tokens} * (task.records * 256 + kXPadBytes),
-                    range.x_bytes);
-        }
-        ASSERT_LE(task.stage_records * task.record_bytes + streamed_x, range.stage_bytes);
-        ASSERT_LE(std::int64_t{task.spans} * kColumnParts * task.piece_tokens * kRecordRows,
-                  range.slot_floats);
+        ASSERT_LE(task.piece_tokens, kPassTokens);
+        ASSERT_LE(task.piece_tokens * kSumBytesPerToken, range.sum_bytes);
+        ASSERT_LE(std::int64_t{task.piece_tokens} * (task.records * 256 + kXPadBytes),
+                  range.x_bytes);
       }
     }
     for (std::size_t t = 0; t < tasks.size(); ++t) {
@@ -280,7 +252,7 @@ TEST(SbmmPlanTest, EveryItemHasOneCta) {
       ASSERT_EQ(task.num_items == 0, tasks[t].delta.data == nullptr || tasks[t].num_rows == 0);
       if (task.num_items == 0) continue;
       const std::int64_t pieces = (task.num_rows + task.piece_tokens - 1) / task.piece_tokens;
-      ASSERT_EQ(task.num_items, pieces * task.row_blocks * task.spans);
+      ASSERT_EQ(task.num_items, pieces * task.row_blocks);
     }
   }
 }

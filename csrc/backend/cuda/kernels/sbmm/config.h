@@ -6,49 +6,35 @@
 
 namespace deltazip::cuda {
 
-// One CTA of a multiprocessor: consumers, a warp that fetches records, a warp that fetches x. Four
-// consumers a scheduler hide the chain from LDS over decoding to mma without pipelining by hand.
-inline constexpr int kSbmmConsumerWarps = 16;
-inline constexpr int kSbmmThreads = (kSbmmConsumerWarps + 2) * 32;
-// Consumer warp w multiplies row pair w % 2 (32 rows) of the records whose number in their row
-// block is w / 2 modulo 8: x is read from shared memory twice a record.
+// A CTA fills a multiprocessor with two groups of eight warps that share x and nothing else: while
+// one adds up a row block, the other streams.
+inline constexpr int kGroups = 2;
+inline constexpr int kGroupWarps = 8;
+inline constexpr int kGroupThreads = kGroupWarps * 32;
+inline constexpr int kSbmmThreads = kGroups * kGroupThreads;
+// Warp w of a group multiplies row pair w % 2 (32 rows) of the records whose number in their row
+// block is w / 2 modulo 4. The order of summation follows from the matrix alone.
 inline constexpr int kRowPairs = 2;
-inline constexpr int kColumnParts = kSbmmConsumerWarps / kRowPairs;
+inline constexpr int kColumnParts = kGroupWarps / kRowPairs;
 
-// A span is the unit of work and of summation: a row block's records are cut into spans by number
-// alone, so a row's bits do not depend on the launch. 16 halve 4096 columns: 192 row blocks in
-// halves share evenly among 132 CTAs, whole they do not.
-inline constexpr int kSpanRecords = 16;
-// A stage is what one bulk copy fetches, 17 to 35 KB: each hand-over costs all sixteen consumers a
-// barrier, so measured time falls up to here. A divisor of a span.
-constexpr int stage_records(DeltaType type) {
-  switch (type) {
-    case DeltaType::kSparse24Int4:
-      return 8;
-    case DeltaType::kSparse24Int2:
-    case DeltaType::kSparse24Ternary:
-      return 16;
-    case DeltaType::kDenseInt8:
-      return 2;
-    default:
-      return 4;
-  }
+// Registers of a lane for half records under way. 48 are 60 KB a multiprocessor of int4.
+#ifndef DZ_SBMM_FLIGHT
+#define DZ_SBMM_FLIGHT 48
+#endif
+constexpr int half_records_ahead(int registers_each, int token_tiles) {
+  const int room = token_tiles == 1 ? DZ_SBMM_FLIGHT : DZ_SBMM_FLIGHT - 12;
+  const int count = room / registers_each;
+  return count < 1 ? 1 : count > 4 ? 4 : count;
 }
-// At most, of a task with a second token tile: two stages that carry x must fit.
-inline constexpr int kTwoTileStageRecords = 8;
 
-inline constexpr int kMaxStages = 16;
 inline constexpr int kTokenTile = 8;    // n of mma
-inline constexpr int kPassTokens = 16;  // of a task at a time: two token tiles, one a consumer
-static_assert(kPassTokens <= kSbmmConsumerWarps);
+inline constexpr int kPassTokens = 16;  // of a task at a time, at most: two token tiles
 // Rows of x and of partial sums are this much apart beyond their length, against bank conflicts.
 inline constexpr int kXPadBytes = 16;
 inline constexpr int kSumPitch = 68;  // floats: 64 rows, and 8 columns of 4 lanes fall apart
 
-// Shared memory: barriers, partial sums, stages, x.
-inline constexpr int kBarrierBytes = 1024;
+// Shared memory: partial sums of both groups, two buffers each; then x, one or two buffers.
 inline constexpr int kSharedBytes = 227 * 1024;
-inline constexpr int kRingBytesWanted = 112 * 1024;
-inline constexpr int kRingBytesLeast = 48 * 1024;  // below, too little is in flight (30 to 60 KB)
+inline constexpr int kSumBytesPerToken = kGroups * 2 * kColumnParts * kSumPitch * 4;
 
 }  // namespace deltazip::cuda

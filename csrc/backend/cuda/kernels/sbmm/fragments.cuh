@@ -1,6 +1,6 @@
 #pragma once
 
-// A record's words of one warp, from shared memory to the registers of mma.
+// A record's words of one warp, from global memory to the registers of mma.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,6 +12,7 @@
 #include "backend/cuda/kernels/device/ldmatrix.cuh"
 #include "backend/cuda/kernels/device/mma.cuh"
 #include "backend/cuda/kernels/device/mma_sp.cuh"
+#include "backend/cuda/kernels/device/stream_load.cuh"
 #include "backend/cuda/kernels/sbmm/config.h"
 #include "backend/cuda/kernels/sbmm/decode.cuh"
 #include "backend/cuda/kernels/sbmm/record.h"
@@ -97,22 +98,26 @@ __device__ __forceinline__ std::uint32_t decode_bytes(std::uint32_t word) {
   }
 }
 
-// Row tiles 2 pair and 2 pair + 1 of a record, as lane 4 q + c holds them. multiply<r, j>() adds
-// tile (2 pair + r, j) times b to sum.
+// Row tiles 2 pair and 2 pair + 1 of a record, as lane 4 q + c holds them: load() asks for the words,
+// prepare() is the part of decoding that all tiles share, multiply<r, j>() adds tile
+// (2 pair + r, j) times b to sum.
 template <DeltaType kType>
 struct Words;
 
 template <>
 struct Words<DeltaType::kSparse24Int4> {
   static constexpr float kUnit = 1.0F;
+  static constexpr int kRegisters = 12;
   uint4 values[2], indices;
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane) {
-    const auto* from = reinterpret_cast<const uint4*>(record);
-    values[0] = from[pair * 64 + lane];
-    values[1] = from[pair * 64 + 32 + lane];
-    indices = from[128 + pair * 32 + lane];
+  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
+                                       std::uint64_t policy) {
+    const auto* from = reinterpret_cast<const uint4*>(record) + lane;
+    values[0] = stream_load(from + pair * 64, policy);
+    values[1] = stream_load(from + pair * 64 + 32, policy);
+    indices = stream_load(from + 128 + pair * 32, policy);
   }
+  __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
                                            const std::uint32_t (&b)[kTiles][4]) const {
@@ -129,13 +134,16 @@ struct Words<DeltaType::kSparse24Int4> {
 template <>
 struct Words<DeltaType::kSparse24Int2> {
   static constexpr float kUnit = 1.0F;
+  static constexpr int kRegisters = 8;
   uint4 values, indices;
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane) {
-    const auto* from = reinterpret_cast<const uint4*>(record);
-    values = from[pair * 32 + lane];
-    indices = from[64 + pair * 32 + lane];
+  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
+                                       std::uint64_t policy) {
+    const auto* from = reinterpret_cast<const uint4*>(record) + pair * 32 + lane;
+    values = stream_load(from, policy);
+    indices = stream_load(from + 64, policy);
   }
+  __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
                                            const std::uint32_t (&b)[kTiles][4]) const {
@@ -151,29 +159,10 @@ struct Words<DeltaType::kSparse24Int2> {
   }
 };
 
-template <>
-struct Words<DeltaType::kSparse24Ternary> {
-  static constexpr float kUnit = 1.0F / kTernaryUnit;
+struct TernaryTiles {
   TernaryDigits digits[2];
   std::uint32_t metadata[2][2];
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane) {
-    constexpr int kPlanes = kRecordRows * kRecordColumns / 16;  // bytes before planes a and b
-    const std::uint32_t q = static_cast<std::uint32_t>(lane) / 4, c = lane % 4;
-    const uint2 signs = reinterpret_cast<const uint2*>(record)[pair * 32 + lane];
-    const auto* ab = reinterpret_cast<const uint4*>(record + kPlanes) + pair * 16 + q;
-    const uint4 third = reinterpret_cast<const uint4*>(record + kPlanes + 512)[pair * 8 + q];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint4 both = ab[r * 8];
-      const TernaryPlanes planes{{both.x, both.y},
-                                 {both.z, both.w},
-                                 {r == 0 ? third.x : third.z, r == 0 ? third.y : third.w}};
-      digits[r] = ternary_digits(planes, r == 0 ? signs.x : signs.y, c);
-      metadata[r][0] = ternary_metadata(planes, 0, c);
-      metadata[r][1] = ternary_metadata(planes, 1, c);
-    }
-  }
   template <typename T, int kR, int kJ, int kTiles>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
                                            const std::uint32_t (&b)[kTiles][4]) const {
@@ -189,17 +178,54 @@ struct Words<DeltaType::kSparse24Ternary> {
 };
 
 template <>
+struct Words<DeltaType::kSparse24Ternary> {
+  static constexpr float kUnit = 1.0F / kTernaryUnit;
+  static constexpr int kRegisters = 14;
+  uint2 signs;
+  uint4 ab[2], third;
+
+  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
+                                       std::uint64_t policy) {
+    constexpr int kPlanes = kRecordRows * kRecordColumns / 16;  // bytes before planes a and b
+    signs = stream_load(reinterpret_cast<const uint2*>(record) + pair * 32 + lane, policy);
+    const auto* from = reinterpret_cast<const uint4*>(record + kPlanes) + lane / 4;
+    ab[0] = stream_load(from + pair * 16, policy);
+    ab[1] = stream_load(from + pair * 16 + 8, policy);
+    third = stream_load(from + 32 + pair * 8, policy);
+  }
+  __device__ __forceinline__ TernaryTiles prepare(int lane) const {
+    const std::uint32_t c = static_cast<std::uint32_t>(lane) % 4;
+    TernaryTiles tiles;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const TernaryPlanes planes{{ab[r].x, ab[r].y},
+                                 {ab[r].z, ab[r].w},
+                                 {r == 0 ? third.x : third.z, r == 0 ? third.y : third.w}};
+      tiles.digits[r] = ternary_digits(planes, r == 0 ? signs.x : signs.y, c);
+      tiles.metadata[r][0] = ternary_metadata(planes, 0, c);
+      tiles.metadata[r][1] = ternary_metadata(planes, 1, c);
+    }
+    return tiles;
+  }
+};
+
+template <>
 struct Words<DeltaType::kDenseInt4> {
   static constexpr float kUnit = 1.0F;
-  const uint2* from;
+  static constexpr int kRegisters = 16;
+  uint2 words[8];
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane) {
-    from = reinterpret_cast<const uint2*>(record) + pair * 256 + lane;
+  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
+                                       std::uint64_t policy) {
+    const auto* from = reinterpret_cast<const uint2*>(record) + pair * 256 + lane;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) words[i] = stream_load(from + i * 32, policy);
   }
+  __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
                                            const std::uint32_t (&b)[kTiles][4]) const {
-    const uint2 word = from[(kR * 4 + kJ) * 32];
+    const uint2 word = words[kR * 4 + kJ];
     std::uint32_t a[2][4];
     decode_nibbles<T>(a[0], word.x);
     decode_nibbles<T>(a[1], word.y);
@@ -214,15 +240,20 @@ struct Words<DeltaType::kDenseInt4> {
 template <>
 struct Words<DeltaType::kDenseInt8> {
   static constexpr float kUnit = 1.0F;
-  const uint4* from;
+  static constexpr int kRegisters = 32;
+  uint4 words[8];
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane) {
-    from = reinterpret_cast<const uint4*>(record) + pair * 256 + lane;
+  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
+                                       std::uint64_t policy) {
+    const auto* from = reinterpret_cast<const uint4*>(record) + pair * 256 + lane;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) words[i] = stream_load(from + i * 32, policy);
   }
+  __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
                                            const std::uint32_t (&b)[kTiles][4]) const {
-    const uint4 word = from[(kR * 4 + kJ) * 32];
+    const uint4 word = words[kR * 4 + kJ];
     const std::uint32_t a[2][4] = {{decode_bytes<T>(word.x), decode_bytes<T>(word.x >> 8),
                                     decode_bytes<T>(word.y), decode_bytes<T>(word.y >> 8)},
                                    {decode_bytes<T>(word.z), decode_bytes<T>(word.z >> 8),
@@ -235,49 +266,63 @@ struct Words<DeltaType::kDenseInt8> {
   }
 };
 
-// acc += 32 rows of a record times kTiles * 8 tokens. Scales are applied to the sums of a group,
-// not to its weights. b[n]: this lane's ldmatrix address of token tile n at the record's column 0.
-template <typename T, DeltaType kType, int kParts, int kTiles>
-__device__ __forceinline__ void multiply_record(float (&acc)[2][kTiles][4],
-                                                const unsigned char* record, int scales_offset,
-                                                int pair, int lane,
-                                                const std::uint32_t (&b)[kTiles]) {
+// 32 rows of a record with their scales.
+template <DeltaType kType, int kParts>
+struct HalfRecord {
+  static constexpr int kRegisters = Words<kType>::kRegisters + 2 * kParts;
   Words<kType> words;
-  words.load(record, pair, lane);
-  const auto* scales = reinterpret_cast<const uint2*>(record + scales_offset) + lane / 4 * 2 + pair;
-  constexpr int kTilesPerPart = 4 / kParts;
-  float sum[2][kTiles][4];
-  static_for<4>([&](auto j) {
-    std::uint32_t fragment[kTiles][4];
+  uint2 scales[kParts];
+
+  __device__ __forceinline__ void load(const unsigned char* record, int scales_offset, int pair,
+                                       int lane, std::uint64_t policy) {
+    words.load(record, pair, lane, policy);
+    const auto* from = reinterpret_cast<const uint2*>(record + scales_offset) + lane / 4 * 2 + pair;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) ldmatrix_x4(fragment[n], b[n] + j * 64);
-    static_for<2>([&](auto r) {
-      if constexpr (j % kTilesPerPart == 0) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[r][n][i] = 0.0F;
-        }
-      }
-      words.template multiply<T, r, j>(sum[r], fragment);
-    });
-    if constexpr ((j + 1) % kTilesPerPart == 0) {
-      const uint2 packed = scales[j / kTilesPerPart * (kScalePartBytes / 8)];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const std::uint32_t both = r == 0 ? packed.x : packed.y;
-        const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&both));
-        const float upper = scale.x * Words<kType>::kUnit, lower = scale.y * Words<kType>::kUnit;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          acc[r][n][0] = fmaf(sum[r][n][0], upper, acc[r][n][0]);
-          acc[r][n][1] = fmaf(sum[r][n][1], upper, acc[r][n][1]);
-          acc[r][n][2] = fmaf(sum[r][n][2], lower, acc[r][n][2]);
-          acc[r][n][3] = fmaf(sum[r][n][3], lower, acc[r][n][3]);
-        }
-      }
+    for (int i = 0; i < kParts; ++i) {
+      scales[i] = stream_load(from + i * (kScalePartBytes / 8), policy);
     }
-  });
-}
+  }
+
+  // acc += these rows times kTiles * 8 tokens. Scales are applied to the sums of a group, not to
+  // its weights. b[n]: this lane's ldmatrix address of token tile n at the record's column 0.
+  template <typename T, int kTiles>
+  __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], int lane,
+                                           const std::uint32_t (&b)[kTiles]) const {
+    constexpr int kTilesPerPart = 4 / kParts;
+    const auto& tiles = words.prepare(lane);
+    float sum[2][kTiles][4];
+    static_for<4>([&](auto j) {
+      std::uint32_t fragment[kTiles][4];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) ldmatrix_x4(fragment[n], b[n] + j * 64);
+      static_for<2>([&](auto r) {
+        if constexpr (j % kTilesPerPart == 0) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[r][n][i] = 0.0F;
+          }
+        }
+        tiles.template multiply<T, r, j>(sum[r], fragment);
+      });
+      if constexpr ((j + 1) % kTilesPerPart == 0) {
+        const uint2 packed = scales[j / kTilesPerPart];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const std::uint32_t both = r == 0 ? packed.x : packed.y;
+          const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&both));
+          const float upper = scale.x * Words<kType>::kUnit, lower = scale.y * Words<kType>::kUnit;
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            acc[r][n][0] = fmaf(sum[r][n][0], upper, acc[r][n][0]);
+            acc[r][n][1] = fmaf(sum[r][n][1], upper, acc[r][n][1]);
+            acc[r][n][2] = fmaf(sum[r][n][2], lower, acc[r][n][2]);
+            acc[r][n][3] = fmaf(sum[r][n][3], lower, acc[r][n][3]);
+          }
+        }
+      }
+    });
+  }
+};
 
 }  // namespace deltazip::cuda

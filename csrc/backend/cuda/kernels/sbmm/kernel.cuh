@@ -1,11 +1,11 @@
 #pragma once
 
-// SBMM: one persistent launch for all tasks. A CTA walks its items (plan.h); one warp fetches
-// records, one fetches x, sixteen multiply. Sums over the warps of a row block are taken one row
-// block late, so that no warp waits for another while records stream in.
+// SBMM: one persistent launch for all tasks. A CTA walks its items (plan.h) set by set; its groups
+// take turns at the row blocks of a set. Records go straight from memory to the registers of the
+// warp that multiplies them, several half records ahead; only x lies in shared memory.
 
 #include "backend/cuda/kernels/device/bulk_copy.cuh"
-#include "backend/cuda/kernels/device/mbarrier.cuh"
+#include "backend/cuda/kernels/device/cp_async.cuh"
 #include "backend/cuda/kernels/device/pdl.cuh"
 #include "backend/cuda/kernels/device/smem.cuh"
 #include "backend/cuda/kernels/sbmm/fragments.cuh"
@@ -14,386 +14,248 @@
 
 namespace deltazip::cuda {
 
-// Shared memory: barriers, sums, stages, x. Addresses of this CTA's.
-struct SharedPlaces {
-  static constexpr std::uint32_t kFull = 0, kEmpty = 8 * kMaxStages, kXFull = 16 * kMaxStages,
-                                 kXFree = kXFull + 16, kSums = kXFree + 16;
-  std::uint32_t base, stages, x;
-
-  __device__ SharedPlaces(std::uint32_t address, const SbmmCtaRange& range)
-      : base(address),
-        stages(address + kSharedBytes - range.x_buffers * range.x_bytes -
-               range.num_stages * range.stage_bytes),
-        x(address + kSharedBytes - range.x_buffers * range.x_bytes) {}
-};
-
-// Where a ring of buffers stands; every role counts for itself.
-struct Ring {
-  int slot = 0;
-  std::uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance(int num_slots) {
-    if (++slot == num_slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// A piece of tokens of a task, and the CTA's items in it.
+// A piece of tokens of a task, and the CTA's row blocks of it.
 struct XSet {
+  SbmmDeviceTask task;
   int first_token, num_tokens;  // within the task
-  int begin, end;               // items within the piece, row block slow, span fast
+  int begin, end;               // row blocks
 };
 
-// Calls body(task, set) for every set that the CTA has items of.
-template <typename Body>
-__device__ __forceinline__ void for_each_set(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                             Body&& body) {
-  for (int index = range.first_task; index <= range.last_task; ++index) {
-    // A copy: stores to y might alias a reference, and every field would be loaded again.
-    const SbmmDeviceTask task = index == range.first_task ? range.task : params.tasks[index];
-    int item = index == range.first_task ? range.first_item : 0;
-    const int last = index == range.last_task ? range.last_item : task.num_items;
-    if (item >= last) continue;
-    const int piece_items = task.row_blocks * task.spans;
-    while (item < last) {
-      const int piece = item / piece_items;
-      XSet set;
-      set.first_token = piece * task.piece_tokens;
-      set.num_tokens = min(task.piece_tokens, task.num_rows - set.first_token);
-      set.begin = item - piece * piece_items;
-      set.end = min(set.begin + last - item, piece_items);
-      item += set.end - set.begin;
-      body(task, set);
+// The sets of a CTA, one after the other.
+class SetWalk {
+ public:
+  __device__ explicit SetWalk(const SbmmCtaRange& range)
+      : index_(range.first_task),
+        item_(range.first_item),
+        last_task_(range.last_task),
+        last_item_(range.last_item) {
+    set_.task = range.task;
+  }
+
+  // Goes to the next set; false when there is none.
+  __device__ __forceinline__ bool next(const SbmmLaunch& params) {
+    while (item_ >= end_item()) {
+      if (index_ >= last_task_) return false;
+      ++index_;
+      item_ = 0;
+      set_.task = params.tasks[index_];
+    }
+    const SbmmDeviceTask& task = set_.task;
+    const int piece = item_ / task.row_blocks;
+    set_.first_token = piece * task.piece_tokens;
+    set_.num_tokens = min(task.piece_tokens, task.num_rows - set_.first_token);
+    set_.begin = item_ - piece * task.row_blocks;
+    set_.end = min(set_.begin + end_item() - item_, task.row_blocks);
+    item_ += set_.end - set_.begin;
+    return true;
+  }
+  __device__ const XSet& set() const { return set_; }
+
+ private:
+  __device__ int end_item() const { return index_ == last_task_ ? last_item_ : set_.task.num_items; }
+
+  int index_, item_, last_task_, last_item_;
+  XSet set_;
+};
+
+// x of a set to shared memory, [token][columns, zeros up to whole records], by all threads. The
+// caller waits for the copies.
+__device__ __forceinline__ void copy_x(const SbmmLaunch& params, const XSet& set,
+                                       unsigned char* place) {
+  const int columns = set.task.columns, padded = set.task.records * kRecordColumns;
+  const int pitch = padded * 2 + kXPadBytes;
+  const auto* rows = static_cast<const std::uint16_t*>(params.x) +
+                     static_cast<std::int64_t>(set.task.first_row + set.first_token) *
+                         params.x_stride;
+  const bool is_aligned = params.x_stride % 8 == 0 && columns % 8 == 0 &&
+                          reinterpret_cast<std::uintptr_t>(params.x) % 16 == 0;
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::uint32_t to = smem_address(place);
+  for (int token = 0; token < set.num_tokens; ++token) {
+    const std::uint16_t* row = rows + token * params.x_stride;
+    if (is_aligned) {
+#pragma unroll 2
+      for (int k = thread * 8; k < padded; k += kSbmmThreads * 8) {
+        const bool is_valid = k < columns;
+        cp_async_16(to + token * pitch + k * 2, row + (is_valid ? k : 0), is_valid);
+      }
+    } else {
+      auto* halves = reinterpret_cast<std::uint16_t*>(place + token * pitch);
+      for (int k = thread; k < padded; k += kSbmmThreads) {
+        halves[k] = k < columns ? row[k] : std::uint16_t{0};
+      }
     }
   }
+  cp_async_commit();
 }
 
-// The part of one row block that a CTA has: spans [span, span + num_spans).
-struct Block {
-  int row_block, span, num_spans;
+// Where a CTA stands between its sets.
+struct CtaState {
+  const SbmmLaunch& params;
+  int sum_bytes, x_buffers, x_bytes;
+  SetWalk walk;        // at the set whose x comes next
+  bool is_first, has_next;
+  int buffer;          // of x
+  int blocks_before;   // row blocks in sets before: the groups' turns go on over sets
 };
 
-template <typename Body>
-__device__ __forceinline__ void for_each_block(const SbmmDeviceTask& task, const XSet& set,
-                                               Body&& body) {
-  Block block{set.begin / task.spans, set.begin % task.spans, 0};
-  for (int left = set.end - set.begin; left > 0; left -= block.num_spans) {
-    block.num_spans = min(task.spans - block.span, left);
-    body(block);
-    ++block.row_block;
-    block.span = 0;
+// All threads: waits for x of the set at hand and sends for that of the next one. Returns x.
+__device__ __forceinline__ unsigned char* next_x(CtaState& cta, const XSet& set) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* x = shared + cta.sum_bytes + cta.buffer * cta.x_bytes;
+  if (cta.is_first) {
+    griddep_wait();
+    copy_x(cta.params, set, x);
+    cta.is_first = false;
+  } else if (cta.x_buffers == 1) {
+    __syncthreads();
+    copy_x(cta.params, set, x);
   }
-}
-
-__device__ __forceinline__ int first_record(const Block& block) {
-  return block.span * kSpanRecords;
-}
-__device__ __forceinline__ int end_record(const SbmmDeviceTask& task, const Block& block) {
-  return min(task.records, (block.span + block.num_spans) * kSpanRecords);
-}
-
-__device__ __forceinline__ void fetch_records(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                              const SharedPlaces& places) {
-  const std::uint64_t policy = policy_evict_first();
-  Ring ring;
-  for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    const std::uint32_t record_bytes = task.record_bytes;
-    const int stage_records = task.stage_records;
-    for_each_block(task, set, [&](const Block& block) {
-      int record = first_record(block);
-      const int end = end_record(task, block);
-      const unsigned char* from =
-          static_cast<const unsigned char*>(task.data) +
-          (static_cast<std::int64_t>(block.row_block) * task.records + record) * record_bytes;
-      for (; record < end; record += stage_records) {
-        const std::uint32_t num_bytes = min(stage_records, end - record) * record_bytes;
-        const std::uint32_t full = places.base + SharedPlaces::kFull + 8 * ring.slot;
-        mbarrier_wait(places.base + SharedPlaces::kEmpty + 8 * ring.slot, ring.parity ^ 1);
-        mbarrier_arrive_expect_tx(full, num_bytes);
-        bulk_copy(places.stages + ring.slot * range.stage_bytes, from, num_bytes, full, policy);
-        from += num_bytes;
-        ring.advance(range.num_stages);
-      }
-    });
-  });
-}
-
-// Rows of x of a set, for its fetching.
-struct XRows {
-  const std::uint16_t* first;
-  std::int64_t stride;
-  int columns;
-  bool is_bulk;
-
-  __device__ XRows(const SbmmLaunch& params, const SbmmDeviceTask& task, const XSet& set)
-      : first(static_cast<const std::uint16_t*>(params.x) +
-              static_cast<std::int64_t>(task.first_row + set.first_token) * params.x_stride),
-        stride(params.x_stride),
-        columns(task.columns),
-        is_bulk(params.x_stride % 8 == 0 && task.columns % 8 == 0 &&
-                reinterpret_cast<std::uintptr_t>(params.x) % 16 == 0) {}
-};
-
-// Columns [begin, end) of a token to shared memory by one warp, zero beyond the last; bulk copies
-// by the lane `issuer`. Returns the bytes that these will bring.
-__device__ __forceinline__ int copy_x(const XRows& rows, int token, int begin, int end,
-                                      std::uint32_t to, unsigned char* place, std::uint32_t full,
-                                      int issuer, int lane) {
-  const std::uint16_t* from = rows.first + token * rows.stride + begin;
-  const int valid = min(end, rows.columns) - begin, copied = rows.is_bulk ? valid : 0;
-  auto* halves = reinterpret_cast<std::uint16_t*>(place);
-  for (int k = copied + lane; k < end - begin; k += 32) {
-    halves[k] = k < valid ? from[k] : std::uint16_t{0};
-  }
-  if (copied > 0 && issuer == lane) bulk_copy(to, from, copied * 2, full);
-  return copied * 2;
-}
-
-// x of whole sets, [token][columns].
-__device__ __forceinline__ void fetch_sets(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                           const SharedPlaces& places, unsigned char* shared,
-                                           int lane) {
-  Ring ring;
-  for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    const std::uint32_t full = places.base + SharedPlaces::kXFull + 8 * ring.slot;
-    mbarrier_wait(places.base + SharedPlaces::kXFree + 8 * ring.slot, ring.parity ^ 1);
-    async_proxy_fence();
-    const XRows rows(params, task, set);
-    const int pitch = task.records * (kRecordColumns * 2) + kXPadBytes;
-    const int first_needed = set.begin % task.spans, num_items = set.end - set.begin;
-    const std::uint32_t buffer = places.x + ring.slot * range.x_bytes;
-    int total = 0, issuer = 0;
-    for (int i = 0; i < min(task.spans, num_items); ++i) {
-      const int span =
-          first_needed + i < task.spans ? first_needed + i : first_needed + i - task.spans;
-      const int begin = span * (kSpanRecords * kRecordColumns);
-      const int end = min(task.records * kRecordColumns, begin + kSpanRecords * kRecordColumns);
-      for (int token = 0; token < set.num_tokens; ++token) {
-        const std::uint32_t to = buffer + token * pitch + begin * 2;
-        total +=
-            copy_x(rows, token, begin, end, to, shared + (to - places.base), full, issuer, lane);
-        issuer = (issuer + 1) % 32;
-      }
+  cp_async_wait<0>();
+  __syncthreads();
+  cta.has_next = cta.walk.next(cta.params);
+  if (cta.x_buffers == 2) {
+    cta.buffer ^= 1;
+    if (cta.has_next) {
+      copy_x(cta.params, cta.walk.set(), shared + cta.sum_bytes + cta.buffer * cta.x_bytes);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive_expect_tx(full, total);
-    __syncwarp();
-    ring.advance(range.x_buffers);
-  });
+  }
+  return x;
 }
-
-// x of every stage beside its records, [token][columns of the stage].
-__device__ __forceinline__ void fetch_stages(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                             const SharedPlaces& places, unsigned char* shared,
-                                             int lane) {
-  Ring ring;
-  for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    const XRows rows(params, task, set);
-    const int stage_records = task.stage_records;
-    const int pitch = stage_records * (kRecordColumns * 2) + kXPadBytes;
-    for_each_block(task, set, [&](const Block& block) {
-      const int end = end_record(task, block);
-      for (int record = first_record(block); record < end; record += stage_records) {
-        const std::uint32_t full = places.base + SharedPlaces::kFull + 8 * ring.slot;
-        const std::uint32_t stage_x =
-            places.stages + ring.slot * range.stage_bytes + stage_records * task.record_bytes;
-        mbarrier_wait(places.base + SharedPlaces::kEmpty + 8 * ring.slot, ring.parity ^ 1);
-        async_proxy_fence();
-        const int first = record * kRecordColumns;
-        const int last = min(record + stage_records, end) * kRecordColumns;
-        int total = 0;
-        for (int token = 0; token < set.num_tokens; ++token) {
-          const std::uint32_t to = stage_x + token * pitch;
-          total +=
-              copy_x(rows, token, first, last, to, shared + (to - places.base), full, token, lane);
-        }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive_expect_tx(full, total);
-        __syncwarp();
-        ring.advance(range.num_stages);
-      }
-    });
-  });
-}
-
-// A consumer warp.
-struct Consumer {
-  int warp, lane;
-  int pair, part;  // row pair, column part
-  Ring ring;
-  int num_blocks;  // finished
-};
 
 // A set with its task's format as constants. A function of its own, so that each format has its own
-// registers; what its loops read is copied first, or every barrier would have it loaded again.
+// registers.
 template <typename T, DeltaType kType, int kParts, int kTiles>
-__device__ __noinline__ void multiply_set(const SbmmLaunch& launch, const SbmmCtaRange& cta_range,
-                                          const SharedPlaces& places,
-                                          const SbmmDeviceTask& set_task, const XSet& task_set,
-                                          std::uint32_t x, Consumer& me) {
+__device__ __noinline__ void multiply_set(CtaState& cta) {
+  using Half = HalfRecord<kType, kParts>;
+  constexpr int kAhead = half_records_ahead(Half::kRegisters, kTiles);
   extern __shared__ __align__(128) unsigned char shared[];
-  const SbmmLaunch params = launch;
-  const SbmmCtaRange range = cta_range;
-  const SbmmDeviceTask task = set_task;
-  const XSet set = task_set;
-  const int stage_records = task.stage_records, record_bytes = task.record_bytes;
-  const int scales_offset = task.scales_offset;
-  const bool streams_x = range.x_buffers == 0;
-  const int pitch = (streams_x ? stage_records : task.records) * (kRecordColumns * 2) + kXPadBytes;
-  const std::uint32_t stages = places.stages, base = places.base;
-  const int stage_bytes = range.stage_bytes, num_stages = range.num_stages;
-  const int part = me.part, pair = me.pair, lane = me.lane, num_tokens = set.num_tokens;
-  Ring ring = me.ring;
-  BlockSums<T> sums(params, base + SharedPlaces::kSums,
-                    reinterpret_cast<float*>(shared + kBarrierBytes), range.sum_tokens, me.warp,
-                    lane, me.num_blocks);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  // Uniform in the warp, and known to be to the compiler.
+  const int group = __shfl_sync(0xFFFFFFFFu, thread / kGroupThreads, 0);
+  const int warp = __shfl_sync(0xFFFFFFFFu, thread % kGroupThreads / 32, 0);
+  const int pair = warp % kRowPairs, part = warp / kRowPairs;
+  const XSet set = cta.walk.set();
+  const int records = set.task.records, record_bytes = set.task.record_bytes;
+  const int scales_offset = set.task.scales_offset;
+  const int begin = set.begin + ((group + cta.blocks_before) & (kGroups - 1));
+  const int num_blocks = set.end > begin ? (set.end - begin + kGroups - 1) / kGroups : 0;
+  cta.blocks_before += set.end - set.begin;
+
+  // The warp's steps: one record of every kColumnParts, of one row block after the other. Some warps
+  // have no record in the last step of a row block.
+  const int steps = (records + kColumnParts - 1) / kColumnParts;
+  const int total = steps * num_blocks;
+  const int step_bytes = kColumnParts * record_bytes;
+  const int block_bytes = (kGroups * records - kColumnParts * steps) * record_bytes;
+  const std::uint64_t policy = policy_evict_first();
+  const unsigned char* from =
+      static_cast<const unsigned char*>(set.task.data) +
+      (static_cast<std::int64_t>(begin) * records + part) * record_bytes;
+  int fetch_record = part, fetches = total;
+  Half halves[kAhead];
+  const auto fetch = [&](Half& half) {
+    if (fetches > 0) {
+      if (fetch_record < records) half.load(from, scales_offset, pair, lane, policy);
+      --fetches;
+      from += step_bytes;
+      fetch_record += kColumnParts;
+      if (fetch_record >= steps * kColumnParts) {
+        fetch_record = part;
+        from += block_bytes;
+      }
+    }
+  };
+  static_for<kAhead>([&](auto i) { fetch(halves[i]); });
+
+  const std::uint32_t x = smem_address(next_x(cta, set));
+  const int pitch = records * (kRecordColumns * 2) + kXPadBytes;
   // Absent tokens read the last one: columns of a product do not mix, and nobody stores theirs.
-  std::uint32_t token_at[kTiles];
+  std::uint32_t at[kTiles];
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const int token = min(n * kTokenTile + lane % 8, num_tokens - 1);
-    token_at[n] = token * pitch + lane / 8 * 16 + x;
+    const int token = min(n * kTokenTile + lane % 8, set.num_tokens - 1);
+    at[n] = x + token * pitch + lane / 8 * 16 + part * (kRecordColumns * 2);
   }
-  for_each_block(task, set, [&](const Block& block) {
-    const bool is_whole = block.num_spans == task.spans;
-    const int slot = block.span > 0 ? range.first_slot : static_cast<int>(blockIdx.x);
-    float* scratch = params.scratch + static_cast<std::int64_t>(slot) * range.slot_floats;
-    const int end = end_record(task, block);
-    int record = first_record(block);
-    float total[2][kTiles][4] = {};
-    for (int span = block.span; record < end; ++span) {
-      float acc[2][kTiles][4] = {};
-      const int span_end = min(record + kSpanRecords, end);
-      for (; record < span_end; record += stage_records) {
-        const int num_records = min(stage_records, span_end - record);
-        const std::uint32_t stage = stages + ring.slot * stage_bytes;
-        const std::uint32_t x_here =
-            streams_x ? stage + stage_records * record_bytes : record * (kRecordColumns * 2);
-        mbarrier_wait(base + SharedPlaces::kFull + 8 * ring.slot, ring.parity);
-        for (int k = (part - record) & (kColumnParts - 1); k < num_records; k += kColumnParts) {
-          std::uint32_t at[kTiles];
+  BlockSums<T, kTiles> sums(cta.params, set.task,
+                            reinterpret_cast<float*>(shared + group * (cta.sum_bytes / kGroups)),
+                            set.first_token, set.num_tokens, begin, group, warp, lane);
+  if (num_blocks > 0) sums.read_output();
+  float acc[2][kTiles][4] = {};
+  int record = part;
+  for (int left = total; left > 0;) {
+    static_for<kAhead>([&](auto i) {
+      if (left <= 0) return;
+      --left;
+      if (record < records) halves[i].template multiply<T>(acc, lane, at);
+      fetch(halves[i]);
+      record += kColumnParts;
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) at[n] = token_at[n] + x_here + k * (kRecordColumns * 2);
-          multiply_record<T, kType, kParts, kTiles>(acc, shared + (stage - base) + k * record_bytes,
-                                                    scales_offset, pair, lane, at);
-        }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(base + SharedPlaces::kEmpty + 8 * ring.slot);
-        ring.advance(num_stages);
-      }
-      if (!is_whole) {
-        sums.put_span(scratch, span, task.piece_tokens, acc, num_tokens);
-      } else {
+      for (int n = 0; n < kTiles; ++n) at[n] += kColumnParts * kRecordColumns * 2;
+      if (record >= steps * kColumnParts) {
+        record = part;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) at[n] -= steps * (kColumnParts * kRecordColumns * 2);
+        sums.finish(acc);
+        if (left > 0) sums.read_output();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) total[r][n][i] += acc[r][n][i];
+            for (int k = 0; k < 4; ++k) acc[r][n][k] = 0.0F;
           }
         }
       }
-    }
-    sums.finish_pending();
-    if (is_whole) sums.put(total, num_tokens);
-    sums.hand_over(task, set.first_token, num_tokens, block.row_block, block.num_spans, slot,
-                   scratch);
-  });
-  sums.finish_pending();
-  me.ring = ring;
-  me.num_blocks = sums.num_blocks();
-}
-
-template <typename T, DeltaType kType, int kParts, typename... Args>
-__device__ __forceinline__ void multiply_tiles(int num_tokens, Args&&... args) {
-  if (num_tokens <= kTokenTile) {
-    multiply_set<T, kType, kParts, 1>(args...);
-  } else {
-    multiply_set<T, kType, kParts, kPassTokens / kTokenTile>(args...);
+    });
   }
 }
-template <typename T, DeltaType kType, typename... Args>
-__device__ __forceinline__ void multiply_parts(int scale_parts, Args&&... args) {
+
+template <typename T, DeltaType kType, int kParts>
+__device__ __forceinline__ void multiply_tiles(CtaState& cta) {
+  if (cta.walk.set().num_tokens <= kTokenTile) {
+    multiply_set<T, kType, kParts, 1>(cta);
+  } else {
+    multiply_set<T, kType, kParts, kPassTokens / kTokenTile>(cta);
+  }
+}
+template <typename T, DeltaType kType>
+__device__ __forceinline__ void multiply_parts(CtaState& cta) {
+  const int scale_parts = cta.walk.set().task.scale_parts;
   if (scale_parts == 1) {
-    multiply_tiles<T, kType, 1>(args...);
+    multiply_tiles<T, kType, 1>(cta);
   } else if (scale_parts == 2 && is_sparse24(kType)) {
-    multiply_tiles<T, kType, is_sparse24(kType) ? 2 : 4>(args...);
+    multiply_tiles<T, kType, is_sparse24(kType) ? 2 : 4>(cta);
   } else {
-    multiply_tiles<T, kType, 4>(args...);
+    multiply_tiles<T, kType, 4>(cta);
   }
 }
-template <typename T, typename... Args>
-__device__ __forceinline__ void multiply_any(DeltaType type, Args&&... args) {
-  switch (type) {
-    case DeltaType::kSparse24Int4:
-      return multiply_parts<T, DeltaType::kSparse24Int4>(args...);
-    case DeltaType::kSparse24Int2:
-      return multiply_parts<T, DeltaType::kSparse24Int2>(args...);
-    case DeltaType::kSparse24Ternary:
-      return multiply_parts<T, DeltaType::kSparse24Ternary>(args...);
-    case DeltaType::kDenseInt4:
-      return multiply_parts<T, DeltaType::kDenseInt4>(args...);
-    case DeltaType::kDenseInt8:
-      return multiply_parts<T, DeltaType::kDenseInt8>(args...);
-  }
-}
-
 template <typename T>
-__device__ __forceinline__ void consume(const SbmmLaunch& params, const SbmmCtaRange& range,
-                                        const SharedPlaces& places, Consumer me) {
-  griddep_wait();
-  Ring x_ring;
-  for_each_set(params, range, [&](const SbmmDeviceTask& task, const XSet& set) {
-    std::uint32_t x = 0;
-    if (range.x_buffers > 0) {
-      mbarrier_wait(places.base + SharedPlaces::kXFull + 8 * x_ring.slot, x_ring.parity);
-      x = places.x + x_ring.slot * range.x_bytes;
-    }
-    multiply_any<T>(task.type, task.scale_parts, set.num_tokens, params, range, places, task, set,
-                    x, me);
-    if (range.x_buffers > 0) {
-      __syncwarp();
-      if (me.lane == 0) mbarrier_arrive(places.base + SharedPlaces::kXFree + 8 * x_ring.slot);
-      x_ring.advance(range.x_buffers);
-    }
-  });
+__device__ __forceinline__ void multiply_any(CtaState& cta) {
+  switch (cta.walk.set().task.type) {
+    case DeltaType::kSparse24Int4:
+      return multiply_parts<T, DeltaType::kSparse24Int4>(cta);
+    case DeltaType::kSparse24Int2:
+      return multiply_parts<T, DeltaType::kSparse24Int2>(cta);
+    case DeltaType::kSparse24Ternary:
+      return multiply_parts<T, DeltaType::kSparse24Ternary>(cta);
+    case DeltaType::kDenseInt4:
+      return multiply_parts<T, DeltaType::kDenseInt4>(cta);
+    case DeltaType::kDenseInt8:
+      return multiply_parts<T, DeltaType::kDenseInt8>(cta);
+  }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSbmmThreads, 1) sbmm_kernel(const SbmmLaunch params) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const SbmmCtaRange range = params.ranges[blockIdx.x];
-  const SharedPlaces places(smem_address(shared), range);
-  // A stage is full when its records and, where it rides along, its x have come.
-  if (warp == 0) {
-    if (lane < kMaxStages) {
-      mbarrier_init(places.base + SharedPlaces::kFull + 8 * lane, range.x_buffers == 0 ? 2 : 1);
-      mbarrier_init(places.base + SharedPlaces::kEmpty + 8 * lane, kSbmmConsumerWarps);
-    } else if (lane < kMaxStages + 2) {
-      const int i = lane - kMaxStages;
-      mbarrier_init(places.base + SharedPlaces::kXFull + 8 * i, 1);
-      mbarrier_init(places.base + SharedPlaces::kXFree + 8 * i, kSbmmConsumerWarps);
-      mbarrier_init(places.base + SharedPlaces::kSums + 8 * i, kSbmmConsumerWarps);
-    }
-    mbarrier_init_fence();
-  }
-  __syncthreads();
   griddep_launch();
-  if (warp == kSbmmConsumerWarps) {
-    if (lane == 0) fetch_records(params, range, places);
-  } else if (warp == kSbmmConsumerWarps + 1) {
-    griddep_wait();
-    if (range.x_buffers > 0) {
-      fetch_sets(params, range, places, shared, lane);
-    } else {
-      fetch_stages(params, range, places, shared, lane);
-    }
-  } else {
-    consume<T>(params, range, places, {warp, lane, warp % kRowPairs, warp / kRowPairs, {}, 0});
-  }
+  const SbmmCtaRange range = params.ranges[blockIdx.x];
+  CtaState cta{params, range.sum_bytes, range.x_buffers, range.x_bytes, SetWalk(range), true,
+               false,  0,               0};
+  cta.has_next = cta.walk.next(params);
+  while (cta.has_next) multiply_any<T>(cta);
+  // A CTA without work must not end before the launch's predecessors, or it would overtake them.
+  if (cta.is_first) griddep_wait();
 }
 
 }  // namespace deltazip::cuda

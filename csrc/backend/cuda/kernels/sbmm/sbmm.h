@@ -17,8 +17,6 @@ struct SbmmLaunch {
   void* y;        // [rows, y_stride]
   const SbmmDeviceTask* tasks;
   const SbmmCtaRange* ranges;  // [num_ctas]
-  float* scratch;              // plan.scratch_floats
-  std::int32_t* counters;      // plan.num_counters, all zero; zero again when the launch is done
   std::int64_t x_stride, y_stride;
   std::int32_t num_ctas;
   DType dtype;    // of x: fp16 or bf16

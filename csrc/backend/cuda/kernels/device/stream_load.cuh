@@ -1,0 +1,26 @@
+#pragma once
+
+// Loads of data that is read once: past L1, first to go from L2. For memory that no kernel of the
+// stream writes.
+
+#include <cstdint>
+
+namespace deltazip::cuda {
+
+__device__ __forceinline__ uint4 stream_load(const uint4* from, std::uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from), "l"(policy));
+  return v;
+}
+
+__device__ __forceinline__ uint2 stream_load(const uint2* from, std::uint64_t policy) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from), "l"(policy));
+  return v;
+}
+
+}  // namespace deltazip::cuda
