@@ -27,6 +27,9 @@ constexpr int half_records_ahead(int registers_each, int token_tiles) {
   return count < 1 ? 1 : count > 4 ? 4 : count;
 }
 
+// Of a row block, sent towards L2 while a CTA waits for x.
+inline constexpr int kPrefetchedRecords = 16;
+
 inline constexpr int kTokenTile = 8;    // n of mma
 inline constexpr int kPassTokens = 16;  // of a task at a time, at most: two token tiles
 // Rows of x and of partial sums are this much apart beyond their length, against bank conflicts.

@@ -93,26 +93,45 @@ __device__ __forceinline__ void copy_x(const SbmmLaunch& params, const XSet& set
 struct CtaState {
   const SbmmLaunch& params;
   int sum_bytes, x_buffers, x_bytes;
-  SetWalk walk;        // at the set whose x comes next
+  SetWalk walk;  // at the set whose x comes next
   bool is_first, has_next;
-  int buffer;          // of x
-  int blocks_before;   // row blocks in sets before: the groups' turns go on over sets
+  int buffer;         // of x
+  int blocks_before;  // row blocks in sets before: the groups' turns go on over sets
+  XSet set;           // at hand
+  std::uint32_t x;    // its x
 };
 
-// All threads: waits for x of the set at hand and sends for that of the next one. Returns x.
-__device__ __forceinline__ unsigned char* next_x(CtaState& cta, const XSet& set) {
+// The first records of both groups towards L2, while the CTA waits for x.
+__device__ __forceinline__ void prefetch_records(const CtaState& cta) {
+  const XSet& set = cta.set;
+  const int num_bytes = min(set.task.records, kPrefetchedRecords) * set.task.record_bytes;
+  const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
+  const int block = set.begin + static_cast<int>(threadIdx.x) / kGroupThreads;
+  if (block >= set.end) return;
+  const auto* from = static_cast<const unsigned char*>(set.task.data) +
+                     static_cast<std::int64_t>(block) * set.task.records * set.task.record_bytes;
+  for (int at = thread * 128; at < num_bytes; at += kGroupThreads * 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+  }
+}
+
+// All threads: goes to the next set, waits for its x and sends for that of the set after it.
+__device__ __forceinline__ void begin_set(CtaState& cta) {
   extern __shared__ __align__(128) unsigned char shared[];
+  cta.set = cta.walk.set();
+  prefetch_records(cta);
   unsigned char* x = shared + cta.sum_bytes + cta.buffer * cta.x_bytes;
   if (cta.is_first) {
     griddep_wait();
-    copy_x(cta.params, set, x);
+    copy_x(cta.params, cta.set, x);
     cta.is_first = false;
   } else if (cta.x_buffers == 1) {
     __syncthreads();
-    copy_x(cta.params, set, x);
+    copy_x(cta.params, cta.set, x);
   }
   cp_async_wait<0>();
   __syncthreads();
+  cta.x = smem_address(x);
   cta.has_next = cta.walk.next(cta.params);
   if (cta.x_buffers == 2) {
     cta.buffer ^= 1;
@@ -120,7 +139,6 @@ __device__ __forceinline__ unsigned char* next_x(CtaState& cta, const XSet& set)
       copy_x(cta.params, cta.walk.set(), shared + cta.sum_bytes + cta.buffer * cta.x_bytes);
     }
   }
-  return x;
 }
 
 // A set with its task's format as constants. A function of its own, so that each format has its own
@@ -135,7 +153,7 @@ __device__ __noinline__ void multiply_set(CtaState& cta) {
   const int group = __shfl_sync(0xFFFFFFFFu, thread / kGroupThreads, 0);
   const int warp = __shfl_sync(0xFFFFFFFFu, thread % kGroupThreads / 32, 0);
   const int pair = warp % kRowPairs, part = warp / kRowPairs;
-  const XSet set = cta.walk.set();
+  const XSet set = cta.set;
   const int records = set.task.records, record_bytes = set.task.record_bytes;
   const int scales_offset = set.task.scales_offset;
   const int begin = set.begin + ((group + cta.blocks_before) & (kGroups - 1));
@@ -153,7 +171,8 @@ __device__ __noinline__ void multiply_set(CtaState& cta) {
       static_cast<const unsigned char*>(set.task.data) +
       (static_cast<std::int64_t>(begin) * records + part) * record_bytes;
   int fetch_record = part, fetches = total;
-  Half halves[kAhead];
+  // Values at the start, or ptxas takes them for live before the function and spills them.
+  Half halves[kAhead] = {};
   const auto fetch = [&](Half& half) {
     if (fetches > 0) {
       if (fetch_record < records) half.load(from, scales_offset, pair, lane, policy);
@@ -168,7 +187,7 @@ __device__ __noinline__ void multiply_set(CtaState& cta) {
   };
   static_for<kAhead>([&](auto i) { fetch(halves[i]); });
 
-  const std::uint32_t x = smem_address(next_x(cta, set));
+  const std::uint32_t x = cta.x;
   const int pitch = records * (kRecordColumns * 2) + kXPadBytes;
   // Absent tokens read the last one: columns of a product do not mix, and nobody stores theirs.
   std::uint32_t at[kTiles];
@@ -213,7 +232,7 @@ __device__ __noinline__ void multiply_set(CtaState& cta) {
 
 template <typename T, DeltaType kType, int kParts>
 __device__ __forceinline__ void multiply_tiles(CtaState& cta) {
-  if (cta.walk.set().num_tokens <= kTokenTile) {
+  if (cta.set.num_tokens <= kTokenTile) {
     multiply_set<T, kType, kParts, 1>(cta);
   } else {
     multiply_set<T, kType, kParts, kPassTokens / kTokenTile>(cta);
@@ -221,7 +240,7 @@ __device__ __forceinline__ void multiply_tiles(CtaState& cta) {
 }
 template <typename T, DeltaType kType>
 __device__ __forceinline__ void multiply_parts(CtaState& cta) {
-  const int scale_parts = cta.walk.set().task.scale_parts;
+  const int scale_parts = cta.set.task.scale_parts;
   if (scale_parts == 1) {
     multiply_tiles<T, kType, 1>(cta);
   } else if (scale_parts == 2 && is_sparse24(kType)) {
@@ -232,7 +251,7 @@ __device__ __forceinline__ void multiply_parts(CtaState& cta) {
 }
 template <typename T>
 __device__ __forceinline__ void multiply_any(CtaState& cta) {
-  switch (cta.walk.set().task.type) {
+  switch (cta.set.task.type) {
     case DeltaType::kSparse24Int4:
       return multiply_parts<T, DeltaType::kSparse24Int4>(cta);
     case DeltaType::kSparse24Int2:
@@ -251,9 +270,12 @@ __global__ void __launch_bounds__(kSbmmThreads, 1) sbmm_kernel(const SbmmLaunch 
   griddep_launch();
   const SbmmCtaRange range = params.ranges[blockIdx.x];
   CtaState cta{params, range.sum_bytes, range.x_buffers, range.x_bytes, SetWalk(range), true,
-               false,  0,               0};
+               false,  0,               0,               {},            0};
   cta.has_next = cta.walk.next(params);
-  while (cta.has_next) multiply_any<T>(cta);
+  while (cta.has_next) {
+    begin_set(cta);
+    multiply_any<T>(cta);
+  }
   // A CTA without work must not end before the launch's predecessors, or it would overtake them.
   if (cta.is_first) griddep_wait();
 }

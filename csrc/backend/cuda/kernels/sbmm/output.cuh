@@ -21,27 +21,34 @@ struct OutputPlace {
   bool is_vector;  // both in one aligned access
 };
 
+// The bits of y, for unpack_output(): to convert them here would be to wait for them here.
 template <typename T>
-__device__ __forceinline__ float2 load_output(const OutputPlace& place, bool is_float) {
-  float2 value{0.0F, 0.0F};
+__device__ __forceinline__ uint2 load_output(const OutputPlace& place, bool is_float) {
+  uint2 bits{0, 0};
   if (is_float) {
-    const auto* y = static_cast<const float*>(place.y);
-    if (place.is_vector) return *reinterpret_cast<const float2*>(y);
-    if (place.num_rows > 0) value.x = y[0];
-    if (place.num_rows > 1) value.y = y[1];
+    const auto* y = static_cast<const std::uint32_t*>(place.y);
+    if (place.is_vector) return *reinterpret_cast<const uint2*>(y);
+    if (place.num_rows > 0) bits.x = y[0];
+    if (place.num_rows > 1) bits.y = y[1];
+  } else if (place.is_vector) {
+    bits.x = *static_cast<const std::uint32_t*>(place.y);
   } else {
-    const auto* y = static_cast<const T*>(place.y);
-    if (place.is_vector) {
-      if constexpr (std::is_same_v<T, __half>) {
-        return __half22float2(*reinterpret_cast<const __half2*>(y));
-      } else {
-        return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(y));
-      }
-    }
-    if (place.num_rows > 0) value.x = static_cast<float>(y[0]);
-    if (place.num_rows > 1) value.y = static_cast<float>(y[1]);
+    const auto* y = static_cast<const std::uint16_t*>(place.y);
+    if (place.num_rows > 0) bits.x = y[0];
+    if (place.num_rows > 1) bits.y = y[1];
   }
-  return value;
+  return bits;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack_output(uint2 bits, bool is_vector, bool is_float) {
+  if (is_float) return {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+  const std::uint32_t pair = is_vector ? bits.x : bits.x | bits.y << 16;
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  }
 }
 
 template <typename T>
@@ -129,9 +136,11 @@ class BlockSums {
         p[i] = *reinterpret_cast<const float2*>(from + i * num_tokens_ * kSumPitch);
       }
       static_assert(kColumnParts == 4);
-      store_output<T>(place(n), is_float_,
-                      {y_before_[n].x + ((p[0].x + p[1].x) + (p[2].x + p[3].x)),
-                       y_before_[n].y + ((p[0].y + p[1].y) + (p[2].y + p[3].y))});
+      const OutputPlace to_y = place(n);
+      const float2 y = unpack_output<T>(y_before_[n], to_y.is_vector, is_float_);
+      store_output<T>(to_y, is_float_,
+                      {y.x + ((p[0].x + p[1].x) + (p[2].x + p[3].x)),
+                       y.y + ((p[0].y + p[1].y) + (p[2].y + p[3].y))});
     }
     buffer_ ^= 1;
     offset_ += kGroups * kRecordRows;
@@ -154,7 +163,7 @@ class BlockSums {
   const float* from_;
   float* to_;
   int rows_left_, num_tokens_, warp_, lane_, group_, buffer_;
-  float2 y_before_[kTiles];
+  uint2 y_before_[kTiles] = {};
 };
 
 }  // namespace deltazip::cuda
