@@ -18,11 +18,9 @@ inline constexpr int kRowPairs = 2;
 inline constexpr int kColumnParts = kGroupWarps / kRowPairs;
 
 // Registers of a lane for half records under way. 48 are 60 KB a multiprocessor of int4.
-#ifndef DZ_SBMM_FLIGHT
-#define DZ_SBMM_FLIGHT 48
-#endif
+inline constexpr int kFlightRegisters = 48;
 constexpr int half_records_ahead(int registers_each, int token_tiles) {
-  const int room = token_tiles == 1 ? DZ_SBMM_FLIGHT : DZ_SBMM_FLIGHT - 12;
+  const int room = token_tiles == 1 ? kFlightRegisters : kFlightRegisters - 12;
   const int count = room / registers_each;
   return count < 1 ? 1 : count > 4 ? 4 : count;
 }

@@ -98,9 +98,9 @@ __device__ __forceinline__ std::uint32_t decode_bytes(std::uint32_t word) {
   }
 }
 
-// Row tiles 2 pair and 2 pair + 1 of a record, as lane 4 q + c holds them: load() asks for the words,
-// prepare() is the part of decoding that all tiles share, multiply<r, j>() adds tile
-// (2 pair + r, j) times b to sum.
+// Row tiles 2 pair and 2 pair + 1 of a record, as lane 4 q + c holds them: load() asks for the
+// words, prepare() is the part of decoding that all tiles share, multiply<r, j>() adds tile (2 pair
+// + r, j) times b to sum.
 template <DeltaType kType>
 struct Words;
 

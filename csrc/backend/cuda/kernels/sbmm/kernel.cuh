@@ -52,7 +52,9 @@ class SetWalk {
   __device__ const XSet& set() const { return set_; }
 
  private:
-  __device__ int end_item() const { return index_ == last_task_ ? last_item_ : set_.task.num_items; }
+  __device__ int end_item() const {
+    return index_ == last_task_ ? last_item_ : set_.task.num_items;
+  }
 
   int index_, item_, last_task_, last_item_;
   XSet set_;
@@ -64,9 +66,9 @@ __device__ __forceinline__ void copy_x(const SbmmLaunch& params, const XSet& set
                                        unsigned char* place) {
   const int columns = set.task.columns, padded = set.task.records * kRecordColumns;
   const int pitch = padded * 2 + kXPadBytes;
-  const auto* rows = static_cast<const std::uint16_t*>(params.x) +
-                     static_cast<std::int64_t>(set.task.first_row + set.first_token) *
-                         params.x_stride;
+  const auto* rows =
+      static_cast<const std::uint16_t*>(params.x) +
+      static_cast<std::int64_t>(set.task.first_row + set.first_token) * params.x_stride;
   const bool is_aligned = params.x_stride % 8 == 0 && columns % 8 == 0 &&
                           reinterpret_cast<std::uintptr_t>(params.x) % 16 == 0;
   const int thread = static_cast<int>(threadIdx.x);
@@ -160,16 +162,15 @@ __device__ __noinline__ void multiply_set(CtaState& cta) {
   const int num_blocks = set.end > begin ? (set.end - begin + kGroups - 1) / kGroups : 0;
   cta.blocks_before += set.end - set.begin;
 
-  // The warp's steps: one record of every kColumnParts, of one row block after the other. Some warps
-  // have no record in the last step of a row block.
+  // The warp's steps: one record of every kColumnParts, of one row block after the other. Some
+  // warps have no record in the last step of a row block.
   const int steps = (records + kColumnParts - 1) / kColumnParts;
   const int total = steps * num_blocks;
   const int step_bytes = kColumnParts * record_bytes;
   const int block_bytes = (kGroups * records - kColumnParts * steps) * record_bytes;
   const std::uint64_t policy = policy_evict_first();
-  const unsigned char* from =
-      static_cast<const unsigned char*>(set.task.data) +
-      (static_cast<std::int64_t>(begin) * records + part) * record_bytes;
+  const unsigned char* from = static_cast<const unsigned char*>(set.task.data) +
+                              (static_cast<std::int64_t>(begin) * records + part) * record_bytes;
   int fetch_record = part, fetches = total;
   // Values at the start, or ptxas takes them for live before the function and spills them.
   Half halves[kAhead] = {};
@@ -269,8 +270,17 @@ template <typename T>
 __global__ void __launch_bounds__(kSbmmThreads, 1) sbmm_kernel(const SbmmLaunch params) {
   griddep_launch();
   const SbmmCtaRange range = params.ranges[blockIdx.x];
-  CtaState cta{params, range.sum_bytes, range.x_buffers, range.x_bytes, SetWalk(range), true,
-               false,  0,               0,               {},            0};
+  CtaState cta{params,
+               range.sum_bytes,
+               range.x_buffers,
+               range.x_bytes,
+               SetWalk(range),
+               true,
+               false,
+               0,
+               0,
+               {},
+               0};
   cta.has_next = cta.walk.next(params);
   while (cta.has_next) {
     begin_set(cta);

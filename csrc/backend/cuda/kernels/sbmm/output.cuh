@@ -17,8 +17,8 @@ namespace deltazip::cuda {
 // Where the rows 2 lane and 2 lane + 1 of a row block lie in y, for one token.
 struct OutputPlace {
   void* y;
-  int num_rows;    // 0, 1 or 2 of them exist
-  bool is_vector;  // both in one aligned access
+  bool has_first, has_second;  // which of the two rows exist
+  bool is_vector;              // both in one aligned access
 };
 
 // The bits of y, for unpack_output(): to convert them here would be to wait for them here.
@@ -28,14 +28,14 @@ __device__ __forceinline__ uint2 load_output(const OutputPlace& place, bool is_f
   if (is_float) {
     const auto* y = static_cast<const std::uint32_t*>(place.y);
     if (place.is_vector) return *reinterpret_cast<const uint2*>(y);
-    if (place.num_rows > 0) bits.x = y[0];
-    if (place.num_rows > 1) bits.y = y[1];
+    if (place.has_first) bits.x = y[0];
+    if (place.has_second) bits.y = y[1];
   } else if (place.is_vector) {
     bits.x = *static_cast<const std::uint32_t*>(place.y);
   } else {
     const auto* y = static_cast<const std::uint16_t*>(place.y);
-    if (place.num_rows > 0) bits.x = y[0];
-    if (place.num_rows > 1) bits.y = y[1];
+    if (place.has_first) bits.x = y[0];
+    if (place.has_second) bits.y = y[1];
   }
   return bits;
 }
@@ -60,8 +60,8 @@ __device__ __forceinline__ void store_output(const OutputPlace& place, bool is_f
       *reinterpret_cast<float2*>(y) = value;
       return;
     }
-    if (place.num_rows > 0) y[0] = value.x;
-    if (place.num_rows > 1) y[1] = value.y;
+    if (place.has_first) y[0] = value.x;
+    if (place.has_second) y[1] = value.y;
   } else {
     auto* y = static_cast<T*>(place.y);
     if (place.is_vector) {
@@ -72,8 +72,8 @@ __device__ __forceinline__ void store_output(const OutputPlace& place, bool is_f
       }
       return;
     }
-    if (place.num_rows > 0) y[0] = static_cast<T>(value.x);
-    if (place.num_rows > 1) y[1] = static_cast<T>(value.y);
+    if (place.has_first) y[0] = static_cast<T>(value.x);
+    if (place.has_second) y[1] = static_cast<T>(value.y);
   }
 }
 
@@ -152,8 +152,11 @@ class BlockSums {
     const int size = is_float_ ? 4 : 2;
     OutputPlace out;
     out.y = y_ + (offset_ + n * token_stride_) * size;
-    out.num_rows = max(0, min(2, rows_left_));
-    out.is_vector = rows_left_ >= 2 && reinterpret_cast<std::uintptr_t>(out.y) % (2 * size) == 0;
+    // Two comparisons, not one clamped count: of a clamp compared with 2, ptxas 13.0 made a
+    // predicate that held for no rows too, and a lane stored the rows of another task.
+    out.has_first = rows_left_ > 0;
+    out.has_second = rows_left_ > 1;
+    out.is_vector = out.has_second && reinterpret_cast<std::uintptr_t>(out.y) % (2 * size) == 0;
     return out;
   }
 

@@ -123,8 +123,8 @@ void narrow_pieces(std::span<SbmmDeviceTask> tasks) {
     if (task.num_items == 0 || task.piece_tokens <= most) continue;
     const std::int64_t pieces = divide_up(task.num_rows, most);
     task.piece_tokens = static_cast<std::int32_t>(divide_up(task.num_rows, pieces));
-    task.num_items = static_cast<std::int32_t>(divide_up(task.num_rows, task.piece_tokens) *
-                                               task.row_blocks);
+    task.num_items =
+        static_cast<std::int32_t>(divide_up(task.num_rows, task.piece_tokens) * task.row_blocks);
   }
 }
 
