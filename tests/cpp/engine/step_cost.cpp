@@ -52,13 +52,13 @@ int run(int num_variants, int num_sequences, int num_layers, int prompt, int num
   config.num_delta_slots = config.max_variants_per_batch = num_variants + 1;
   Engine engine(config, silent, std::make_unique<NullBackend>());
   for (int i = 0; i < num_variants; ++i) {
-    const std::string name = "v" + std::to_string(i);
+    const std::string name = detail::concat("v", i);
     engine.add_variant(name, house.write_variant(name, static_cast<std::uint32_t>(i)).string());
   }
   const auto requests = [&](std::int64_t first_id, int count, std::int32_t tokens) {
     std::vector<Request> out;
     for (int i = 0; i < count; ++i) {
-      const std::string variant = num_variants == 0 ? "" : "v" + std::to_string(i % num_variants);
+      const std::string variant = num_variants == 0 ? "" : detail::concat("v", i % num_variants);
       out.push_back(make_request(first_id + i, variant,
                                  random_tokens(static_cast<std::size_t>(prompt), 1), tokens));
     }

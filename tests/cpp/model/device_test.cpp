@@ -147,7 +147,7 @@ TEST_P(ModelOnCuda, StepsFollowTheCpus) {
     }
     const auto got = cuda.step(on_cuda, true), expected = cpu.step(on_cpu, true);
     for (std::size_t i = 0; i < got.size(); ++i) {
-      ASSERT_LT(relative_error(got[i], {expected[i].begin(), expected[i].end()}), 2 * tolerance())
+      ASSERT_LT(relative_error(got[i], {expected[i].begin(), expected[i].end()}), 3 * tolerance())
           << "turn " << turn << ", sequence " << i << " of " << got.size();
     }
   }
