@@ -17,7 +17,7 @@ inline constexpr int kSbmmThreads = kGroups * kGroupThreads;
 inline constexpr int kRowPairs = 2;
 inline constexpr int kColumnParts = kGroupWarps / kRowPairs;
 
-// Registers of a lane for half records under way. 48 are 60 KB a multiprocessor of int4.
+// Registers of a lane for half records under way. 48 hold three of int4, 77 KB a multiprocessor.
 inline constexpr int kFlightRegisters = 48;
 constexpr int half_records_ahead(int registers_each, int token_tiles) {
   const int room = token_tiles == 1 ? kFlightRegisters : kFlightRegisters - 12;

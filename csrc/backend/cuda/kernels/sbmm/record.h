@@ -7,9 +7,9 @@
 // Within a record: r = tile of 16 rows, j = tile of 32 columns, lane = 4q + c as mma.sp has it,
 // "pair" = two row tiles (what one warp reads). Words of 32 bits, slowest index first.
 //   sparse24_int4     values [r][lane][j], see int4_nibble(); indices [pair][lane][r][2]
-//   sparse24_int2     values [pair][lane][r][2], word i holds tiles j = 2i, 2i + 1; indices as
-//   above sparse24_ternary  signs [pair][lane][r]; planes a, b [r][q][a0 a1 b0 b1];
-//                     plane c [pair][q][r][2]; see ternary.h
+//   sparse24_int2     values [pair][lane][r][2], word i holds tiles j = 2i, 2i + 1; indices so too
+//   sparse24_ternary  signs [pair][lane][r]; planes a, b [r][q][a0 a1 b0 b1];
+//                     plane c [pair][q][r][2]; see decode.cuh
 //   dense_int4        values [r][j][lane][2]
 //   dense_int8        values [r][j][lane][4]
 // Index word i of a lane serves tile j = 2i + c / 2: the metadata register of both tiles is one.
