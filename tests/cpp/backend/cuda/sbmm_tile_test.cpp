@@ -104,8 +104,10 @@ std::uint32_t word_at(const unsigned char* from, int index) {
 LaneRegisters registers(const unsigned char* record, DeltaType type, int r, int j, int lane) {
   LaneRegisters out{};
   const int pair = r / 2, c = lane % 4, q = lane / 4;
-  const unsigned char* indices = record + (type == DeltaType::kSparse24Int4 ? 2048 : 1024);
-  out.metadata = word_at(indices, ((pair * 32 + lane) * 2 + r % 2) * 2 + j / 2);
+  if (type != DeltaType::kSparse24Ternary) {
+    const unsigned char* indices = record + (type == DeltaType::kSparse24Int4 ? 2048 : 1024);
+    out.metadata = word_at(indices, ((pair * 32 + lane) * 2 + r % 2) * 2 + j / 2);
+  }
   if (type == DeltaType::kSparse24Int4) {
     const std::uint32_t word = word_at(record, (r * 32 + lane) * 4 + j);
     for (std::size_t i = 0; i < 4; ++i) {
