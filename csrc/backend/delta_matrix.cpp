@@ -3,6 +3,8 @@
 #include <array>
 #include <utility>
 
+#include "deltazip/base/error.h"
+
 namespace deltazip {
 namespace {
 
@@ -38,6 +40,13 @@ constexpr std::array<TernaryState, 32> make_ternary_states() {
 
 constexpr std::array<TernaryState, 32> kTernaryStates = make_ternary_states();
 
+void check_span(const char* what, std::span<const std::byte> bytes, std::int64_t expected,
+                const DeltaSource& source) {
+  DZ_CHECK(static_cast<std::int64_t>(bytes.size()) == expected, "delta ", name(source.type), " [",
+           source.rows, ", ", source.columns, "]: ", what, " must be ", expected, " bytes, got ",
+           bytes.size());
+}
+
 }  // namespace
 
 std::string_view name(DeltaType type) {
@@ -55,5 +64,40 @@ std::optional<DeltaType> delta_type_from_name(std::string_view name) {
 }
 
 std::span<const TernaryState, 32> ternary_states() { return kTernaryStates; }
+
+std::int64_t delta_block_bytes(DeltaType type) {
+  switch (type) {
+    case DeltaType::kSparse24Int4:
+      return 8;
+    case DeltaType::kSparse24Int2:
+      return 4;
+    case DeltaType::kSparse24Ternary:
+      return 5;
+    case DeltaType::kDenseInt4:
+      return 16;
+    case DeltaType::kDenseInt8:
+      return 32;
+  }
+  return 0;
+}
+
+void check_delta_shape(std::int64_t rows, std::int64_t columns, std::int32_t group_size) {
+  DZ_CHECK(rows > 0 && columns > 0, "delta: rows and columns must be positive, got [", rows, ", ",
+           columns, "]");
+  DZ_CHECK(group_size > 0 && group_size % kDeltaBlockColumns == 0,
+           "delta: group_size must be a positive multiple of ", kDeltaBlockColumns, ", got ",
+           group_size);
+}
+
+void check_delta_source(const DeltaSource& source) {
+  check_delta_shape(source.rows, source.columns, source.group_size);
+  const std::int64_t blocks =
+      source.rows * ((source.columns + kDeltaBlockColumns - 1) / kDeltaBlockColumns);
+  const std::int64_t groups =
+      source.rows * ((source.columns + source.group_size - 1) / source.group_size);
+  check_span("values", source.values, blocks * delta_block_bytes(source.type), source);
+  check_span("indices", source.indices, has_indices(source.type) ? blocks * 4 : 0, source);
+  check_span("scales", source.scales, groups * 2, source);
+}
 
 }  // namespace deltazip

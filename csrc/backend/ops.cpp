@@ -50,8 +50,9 @@ void check_weight(const char* op, const PackedMatrix& weight) {
 void check_delta(const char* op, const DeltaMatrix& delta) {
   DZ_CHECK(delta.rows > 0 && delta.columns > 0, op, ": a delta is empty, [", delta.rows, ", ",
            delta.columns, "]");
-  DZ_CHECK(delta.group_size > 0 && delta.group_size % 32 == 0, op,
-           ": a delta's group_size must be a positive multiple of 32, got ", delta.group_size);
+  DZ_CHECK(delta.group_size > 0 && delta.group_size % kDeltaBlockColumns == 0, op,
+           ": a delta's group_size must be a positive multiple of ", kDeltaBlockColumns, ", got ",
+           delta.group_size);
 }
 
 void check_cache(const char* op, const KvLayer& cache) {

@@ -1,17 +1,15 @@
 #include "deltazip/delta/delta_store.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <exception>
 #include <functional>
 #include <map>
 #include <mutex>
-#include <thread>
 #include <utility>
 
 #include "delta/layout.h"
 #include "deltazip/base/error.h"
+#include "deltazip/base/thread_pool.h"
 #include "deltazip/io/json_text.h"
 
 namespace deltazip {
@@ -56,31 +54,6 @@ void write_floats(float* out, const ConstTensorView& view) {
   }
 }
 
-// Runs `body` on `num_threads` threads, this one included. Each takes indices from next() until one
-// is not below `count`. The first exception is thrown again when all have stopped.
-template <typename Body>
-void share_among_threads(int num_threads, std::size_t count, const Body& body) {
-  std::atomic<std::size_t> next{0};
-  std::mutex mutex;
-  std::exception_ptr failure;
-  const auto work = [&] {
-    try {
-      body([&]() -> std::size_t { return next.fetch_add(1); });
-    } catch (...) {
-      next = count;  // the others stop too
-      const std::lock_guard lock(mutex);
-      if (!failure) failure = std::current_exception();
-    }
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < num_threads && static_cast<std::size_t>(i) < count; ++i) {
-    others.emplace_back(work);
-  }
-  work();
-  for (std::thread& other : others) other.join();
-  if (failure) std::rethrow_exception(failure);
-}
-
 HostPointer tile(Backend& backend, const Entry& entry, int num_threads) {
   const DeltaFile& file = *entry.file;
   file.check_unchanged();
@@ -97,11 +70,14 @@ HostPointer tile(Backend& backend, const Entry& entry, int num_threads) {
   }
   std::ranges::stable_sort(order, std::greater(),
                            [&](std::size_t i) { return host->parts[i].num_bytes; });
-  share_among_threads(num_threads, order.size(), [&](const auto& next) {
+  const auto count = static_cast<std::int64_t>(order.size());
+  ThreadPool pool(static_cast<int>(std::clamp<std::int64_t>(count, 1, num_threads)));
+  pool.parallel_for(count, 1, [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<std::byte> storage;
-    for (std::size_t at = next(); at < order.size(); at = next()) {
-      const DeltaPart& part = host->parts[order[at]];
-      const DeltaTensor tensor = file.load(file.tensors()[order[at]], storage);
+    for (std::int64_t at = begin; at < end; ++at) {
+      const std::size_t index = order[static_cast<std::size_t>(at)];
+      const DeltaPart& part = host->parts[index];
+      const DeltaTensor tensor = file.load(file.tensors()[index], storage);
       if (part.kind == DeltaKind::kMatrix) {
         backend.tile_delta(bytes + part.offset, tensor.matrix);
       } else {

@@ -15,7 +15,6 @@ using Json = nlohmann::json;
 
 constexpr std::size_t kMaxManifestBytes = 32u << 20;
 constexpr int kVersion = 1;
-constexpr std::int64_t kColumnAlignment = 32;
 
 // The value of a key that must be there; `at` begins the message.
 const Json& require(const Json& object, const char* key, const std::string& at) {
@@ -79,28 +78,12 @@ Manifest::Tensor read_tensor(const std::string& name, const Json& entry, const s
            " needs a matrix that is not empty, got shape ", tensor.shape.str());
   const Json& group = require(entry, "group_size", at);
   DZ_CHECK(group.is_number_unsigned() && group.get<std::uint64_t>() > 0 &&
-               group.get<std::uint64_t>() % kColumnAlignment == 0 &&
+               group.get<std::uint64_t>() % kDeltaBlockColumns == 0 &&
                group.get<std::uint64_t>() <= std::numeric_limits<std::int32_t>::max(),
-           at, "'group_size' must be a positive multiple of ", kColumnAlignment, ", got ",
+           at, "'group_size' must be a positive multiple of ", kDeltaBlockColumns, ", got ",
            shown(group));
   tensor.group_size = group.get<std::int32_t>();
   return tensor;
-}
-
-std::int64_t bytes_per_32_columns(DeltaType type) {
-  switch (type) {
-    case DeltaType::kSparse24Int4:
-      return 8;
-    case DeltaType::kSparse24Int2:
-      return 4;
-    case DeltaType::kSparse24Ternary:
-      return 5;
-    case DeltaType::kDenseInt4:
-      return 16;
-    case DeltaType::kDenseInt8:
-      return 32;
-  }
-  return 0;
 }
 
 }  // namespace
@@ -146,13 +129,13 @@ std::vector<StoredTensor> stored_tensors(const Manifest::Tensor& tensor) {
   if (tensor.kind == DeltaKind::kUnchanged) return {};
   if (tensor.kind == DeltaKind::kReplaced) return {{Role::kReplaced, tensor.name, tensor.shape}};
   const std::int64_t rows = tensor.shape[0], columns = tensor.shape[1];
-  const std::int64_t num_blocks = (columns + kColumnAlignment - 1) / kColumnAlignment;
+  const std::int64_t num_blocks = (columns + kDeltaBlockColumns - 1) / kDeltaBlockColumns;
   const std::int64_t num_groups = (columns - 1) / tensor.group_size + 1;
   const bool is_ternary = tensor.type == DeltaType::kSparse24Ternary;
   std::vector<StoredTensor> stored{{Role::kValues,
                                     tensor.name + (is_ternary ? ".codes" : ".values"),
-                                    Shape({rows, num_blocks * bytes_per_32_columns(tensor.type)})}};
-  if (is_sparse24(tensor.type) && !is_ternary) {
+                                    Shape({rows, num_blocks * delta_block_bytes(tensor.type)})}};
+  if (has_indices(tensor.type)) {
     stored.push_back({Role::kIndices, tensor.name + ".indices", Shape({rows, num_blocks * 4})});
   }
   stored.push_back({Role::kScales, tensor.name + ".scales", Shape({rows, num_groups})});

@@ -43,7 +43,6 @@ constexpr std::int64_t weight_row_place(DType dtype, std::int64_t row) {
 //                   masks [block][panel][8] of 16 bits (bit 4 of each row's code), then scales
 //                   [group][panel][16]
 constexpr std::int64_t kDeltaPanelRows = 16;
-constexpr std::int64_t kDeltaBlockColumns = 32;
 constexpr std::int64_t kWordRowBytes = 64;   // one 32-bit word for each row of a panel
 constexpr std::int64_t kMaskRowBytes = 16;   // eight 16-bit masks
 constexpr std::int64_t kScaleRowBytes = 32;  // one fp16 for each row of a panel

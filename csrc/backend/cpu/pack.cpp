@@ -125,29 +125,6 @@ std::int64_t scale_offset(const DeltaLayout& layout, DeltaType type, std::int64_
              : panel * layout.panel_bytes + group * kScaleRowBytes + 2 * lane;
 }
 
-std::int64_t values_bytes_per_block(DeltaType type) {
-  switch (type) {
-    case DeltaType::kSparse24Int4:
-      return 8;
-    case DeltaType::kSparse24Int2:
-      return 4;
-    case DeltaType::kSparse24Ternary:
-      return 5;
-    case DeltaType::kDenseInt4:
-      return 16;
-    case DeltaType::kDenseInt8:
-      return 32;
-  }
-  return 0;
-}
-
-void check_span(const char* what, std::span<const std::byte> bytes, std::int64_t expected,
-                const DeltaSource& source) {
-  DZ_CHECK(static_cast<std::int64_t>(bytes.size()) == expected, "delta ", name(source.type), " [",
-           source.rows, ", ", source.columns, "]: ", what, " must be ", expected, " bytes, got ",
-           bytes.size());
-}
-
 }  // namespace
 
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t rows, std::int64_t columns) {
@@ -187,27 +164,17 @@ void read_weight_row(float* out, const PackedMatrix& matrix, std::int64_t row) {
 
 std::int64_t tiled_delta_bytes(DeltaType type, std::int64_t rows, std::int64_t columns,
                                std::int32_t group_size) {
-  DZ_CHECK(rows > 0 && columns > 0, "delta: rows and columns must be positive, got [", rows, ", ",
-           columns, "]");
-  DZ_CHECK(group_size > 0 && group_size % kDeltaBlockColumns == 0,
-           "delta: group_size must be a positive multiple of 32, got ", group_size);
+  check_delta_shape(rows, columns, group_size);
   return delta_layout(type, rows, columns, group_size).total_bytes;
 }
 
 void tile_delta(void* tiled, const DeltaSource& source) {
-  const std::int64_t num_bytes =
-      tiled_delta_bytes(source.type, source.rows, source.columns, source.group_size);
+  check_delta_source(source);
   const DeltaLayout layout =
       delta_layout(source.type, source.rows, source.columns, source.group_size);
-  const std::int64_t cells = source.rows * layout.num_blocks;
-  const bool has_indices =
-      source.type == DeltaType::kSparse24Int4 || source.type == DeltaType::kSparse24Int2;
-  check_span("values", source.values, cells * values_bytes_per_block(source.type), source);
-  check_span("indices", source.indices, has_indices ? cells * 4 : 0, source);
-  check_span("scales", source.scales, source.rows * layout.num_groups * 2, source);
 
   char* data = static_cast<char*>(tiled);
-  std::memset(data, 0, static_cast<std::size_t>(num_bytes));
+  std::memset(data, 0, static_cast<std::size_t>(layout.total_bytes));
   for (std::int64_t row = 0; row < source.rows; ++row) {
     tile_row(data, layout, source, row);
     for (std::int64_t group = 0; group < layout.num_groups; ++group) {

@@ -19,6 +19,11 @@ enum class DeltaType : std::uint8_t {
 std::string_view name(DeltaType type);
 std::optional<DeltaType> delta_type_from_name(std::string_view name);
 constexpr bool is_sparse24(DeltaType type) { return type <= DeltaType::kSparse24Ternary; }
+constexpr bool has_indices(DeltaType type) { return type <= DeltaType::kSparse24Int2; }
+
+// The file pads a row's codes to whole blocks of columns; indices take 4 bytes a block.
+inline constexpr std::int64_t kDeltaBlockColumns = 32;
+std::int64_t delta_block_bytes(DeltaType type);  // of values, for one block
 
 // One state of a ternary group: two kept places, index0 < index1, each -1, 0 or +1.
 struct TernaryState {
@@ -43,6 +48,10 @@ struct DeltaSource {
   std::span<const std::byte> indices;  // sparse int: [rows, K/8], else empty
   std::span<const std::byte> scales;   // fp16 [rows, ceil(columns / group_size)]
 };
+
+// Throw InvalidArgument for what is no matrix or group size, or a span of the wrong size.
+void check_delta_shape(std::int64_t rows, std::int64_t columns, std::int32_t group_size);
+void check_delta_source(const DeltaSource& source);
 
 // The same matrix in a backend's own tiling, where the kernels read it.
 struct DeltaMatrix {

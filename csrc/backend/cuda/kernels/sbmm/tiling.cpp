@@ -10,24 +10,7 @@
 namespace deltazip::cuda {
 namespace {
 
-constexpr std::int64_t kFileBlock = 32;  // columns that a row of the file is padded to
-constexpr int kTiles = 4;                // of 32 columns, and of 16 rows, in a record
-
-std::int64_t file_bytes_per_block(DeltaType type) {
-  switch (type) {
-    case DeltaType::kSparse24Int4:
-      return 8;
-    case DeltaType::kSparse24Int2:
-      return 4;
-    case DeltaType::kSparse24Ternary:
-      return 5;
-    case DeltaType::kDenseInt4:
-      return 16;
-    case DeltaType::kDenseInt8:
-      return 32;
-  }
-  return 0;
-}
+constexpr int kTiles = 4;  // of 32 columns, and of 16 rows, in a record
 
 // What a code that stands for zero, or as near as the type has one, fills a padded block with.
 int padding_byte(DeltaType type) {
@@ -269,38 +252,23 @@ void put_record(std::uint8_t* out, DeltaType type, const RecordLayout& layout, c
   }
 }
 
-void check_span(const char* what, std::span<const std::byte> bytes, std::int64_t expected,
-                const DeltaSource& source) {
-  DZ_CHECK(static_cast<std::int64_t>(bytes.size()) == expected, "delta ", name(source.type), " [",
-           source.rows, ", ", source.columns, "]: ", what, " must be ", expected, " bytes, got ",
-           bytes.size());
-}
-
 }  // namespace
 
 std::size_t tiled_delta_bytes(DeltaType type, std::int64_t rows, std::int64_t columns,
                               std::int32_t group_size) {
-  DZ_CHECK(rows > 0 && columns > 0, "delta: rows and columns must be positive, got [", rows, ", ",
-           columns, "]");
-  DZ_CHECK(group_size > 0 && group_size % kFileBlock == 0,
-           "delta: group_size must be a positive multiple of 32, got ", group_size);
+  check_delta_shape(rows, columns, group_size);
   const RecordLayout layout = record_layout(type, rows, columns, group_size);
   return static_cast<std::size_t>(layout.row_blocks * layout.records * layout.record_bytes);
 }
 
 void tile_delta(void* tiled, const DeltaSource& source) {
-  tiled_delta_bytes(source.type, source.rows, source.columns, source.group_size);
+  check_delta_source(source);
   const RecordLayout layout =
       record_layout(source.type, source.rows, source.columns, source.group_size);
-  const std::int64_t blocks = (source.columns + kFileBlock - 1) / kFileBlock;
+  const std::int64_t blocks = (source.columns + kDeltaBlockColumns - 1) / kDeltaBlockColumns;
   const std::int64_t groups = (source.columns + source.group_size - 1) / source.group_size;
-  const bool has_indices =
-      source.type == DeltaType::kSparse24Int4 || source.type == DeltaType::kSparse24Int2;
   Rows rows;
-  rows.value_bytes = file_bytes_per_block(source.type);
-  check_span("values", source.values, source.rows * blocks * rows.value_bytes, source);
-  check_span("indices", source.indices, has_indices ? source.rows * blocks * 4 : 0, source);
-  check_span("scales", source.scales, source.rows * groups * 2, source);
+  rows.value_bytes = delta_block_bytes(source.type);
 
   const auto* values = reinterpret_cast<const std::uint8_t*>(source.values.data());
   const auto* indices = reinterpret_cast<const std::uint8_t*>(source.indices.data());
@@ -322,7 +290,7 @@ void tile_delta(void* tiled, const DeltaSource& source) {
         const std::int64_t at = (first_row + row) * blocks + first_block;
         std::memcpy(rows.values + row * kTiles * rows.value_bytes, values + at * rows.value_bytes,
                     static_cast<std::size_t>(num_blocks * rows.value_bytes));
-        if (has_indices) {
+        if (has_indices(source.type)) {
           std::memcpy(rows.indices + row * kTiles * 4, indices + at * 4,
                       static_cast<std::size_t>(num_blocks * 4));
         }
