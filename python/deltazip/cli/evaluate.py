@@ -1,11 +1,11 @@
-"""deltazip evaluate BASE FINETUNED [DELTA] --tasks FILE"""
+"""deltazip evaluate BASE FINETUNED [CANDIDATE ...] --tasks FILE"""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,12 +13,27 @@ from rich.table import Table
 
 from deltazip.cli.shared import errors_as_messages, existing_folder, progress_bar
 
+if TYPE_CHECKING:
+    from deltazip.compress.scoring.measure import Row
+
+_INTERVAL_COLUMNS = (
+    ("accuracy, %", "accuracy", 100.0),
+    ("to fine-tune, points", "difference", 100.0),
+    ("NLL", "nll", 1.0),
+    ("KL", "kl", 1.0),
+    ("top-1, %", "top1", 100.0),
+)
+
 
 def command(
     base: Annotated[Path, typer.Argument(help="The base model's folder.")],
     finetuned: Annotated[Path, typer.Argument(help="The fine-tune's folder, to compare with.")],
-    delta: Annotated[
-        Path | None, typer.Argument(help="Its delta. Without one the fine-tune itself is scored.")
+    candidates: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Deltas, or whole models with a size.json. Without any the fine-tune "
+            "itself is scored."
+        ),
     ] = None,
     tasks: Annotated[Path | None, typer.Option(help="A .jsonl of prompts and answers.")] = None,
     metric: Annotated[
@@ -30,100 +45,68 @@ def command(
         int, typer.Option(help="Items on which KL and top-1 agreement are taken; 0: none.")
     ] = 100,
     engine: Annotated[
-        str, typer.Option(help="torch, or deltazip: its own engine (accuracy only).")
+        str,
+        typer.Option(help="Who generates answers: torch, deltazip (its own engine), or none."),
     ] = "torch",
     batch_size: Annotated[int, typer.Option(help="Prompts at once, with torch.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap behind the intervals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Scores a delta on a task, and how close it stays to its fine-tune, token by token."""
+    """Scores candidates on a task, and how close they stay to the fine-tune, token by token."""
     with errors_as_messages():
         from deltazip.compress import set_num_threads
-        from deltazip.compress.tasks import load_task
+        from deltazip.compress.scoring.candidates import find_candidate
+        from deltazip.compress.scoring.measure import Bench, How
+        from deltazip.compress.scoring.tasks import load_task
 
         existing_folder(base, "base")
         existing_folder(finetuned, "fine-tune")
         if tasks is None:
             raise ValueError("--tasks FILE is needed: a .jsonl of prompts and answers")
-        if engine not in ("torch", "deltazip"):
-            raise ValueError(f"engine must be torch or deltazip, got '{engine}'")
-        if engine == "deltazip" and delta is None:
-            raise ValueError("deltazip's engine runs a base and deltas: name a delta, or use torch")
+        how = How(engine, compare, batch_size, device, threads, seed)
         task = load_task(tasks, metric, max_new_tokens, items)
+        found = [find_candidate(path) for path in candidates or ()]
         set_num_threads(threads)
         started = time.monotonic()
-        if engine == "torch":
-            result = _with_torch(base, finetuned, delta, task, compare, batch_size, device)
-        else:
-            result = _with_engine(base, finetuned, delta, task, threads, device)
-        result |= {
+        with progress_bar("evaluating") as progress:
+            bench = Bench(base, find_candidate(finetuned), task, how, progress)
+            rows = list(bench.rows(found))
+        about = {
             "task": task.name,
             "items": len(task.samples),
+            "compared": min(compare, len(task.samples)),
+            "engine": engine,
+            "seed": seed,
             "seconds": round(time.monotonic() - started, 1),
         }
-        _show(result, as_json)
+        _show(rows, about, as_json)
 
 
-def _with_torch(
-    base: Path, finetuned: Path, delta: Path | None, task: Any, compare: int, batch_size: int,
-    device: str,
-) -> dict[str, Any]:  # fmt: skip
-    from deltazip.compress.calibration import load_tokenizer
-    from deltazip.compress.evaluate import closeness, load_model
-    from deltazip.compress.tasks import TorchRunner, begun_answers, score
-
-    tokenizer = load_tokenizer(finetuned)
-    model = load_model(base if delta else finetuned, delta, device=device)
-    reference = None
-    if delta and compare:
-        reference = load_model(finetuned, None, device=device)
-    with progress_bar("wanted answers") as progress:
-        close = closeness(
-            model, tokenizer, task.samples, reference,
-            num_compared=compare, progress=lambda share: progress("", share),
-        )  # fmt: skip
-    begun = begun_answers(tokenizer, task, close.likeliest)
-    with progress_bar("own answers") as progress:
-        runner = TorchRunner(
-            model, tokenizer, batch_size=batch_size, progress=lambda share: progress("", share)
-        )
-        scored = score(runner, tokenizer, task, begun)
-    return {
-        "right": scored.num_right,
-        "accuracy": scored.share,
-        "nll": close.nll,
-        "whole answer likeliest": close.exact,
-        "kl to fine-tune": close.kl,
-        "top-1 agreement": close.top1,
-    }
-
-
-def _with_engine(
-    base: Path, finetuned: Path, delta: Path | None, task: Any, threads: int, device: str
-) -> dict[str, Any]:
-    from deltazip.compress.calibration import load_tokenizer
-    from deltazip.compress.tasks import EngineRunner, score
-
-    options: dict[str, object] = {"device": device}
-    if threads:
-        options["num_threads"] = threads
-    runner = EngineRunner(base, delta, **options)
-    try:
-        scored = score(runner, load_tokenizer(finetuned), task)
-    finally:
-        runner.close()
-    return {"right": scored.num_right, "accuracy": scored.share}
-
-
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _show(rows: list[Row], about: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(about | {"rows": [row.to_json() for row in rows]}))
         return
-    table = Table(show_header=False, title=f"{result.pop('task')}, {result['items']} items")
-    for key, value in result.items():
-        if value is not None:
-            is_share = key in ("accuracy", "whole answer likeliest", "top-1 agreement")
-            text = f"{value:.2%}" if is_share else f"{value:.6g}"
-            table.add_row(key, text)
+    table = Table(
+        title=f"{about['task']}, {about['items']} items, 95 % intervals",
+        caption=", ".join(f"{key} {about[key]}" for key in ("compared", "engine", "seed")),
+    )
+    table.add_column("")
+    for title in ("MB", "bits of linears", *(title for title, _, _ in _INTERVAL_COLUMNS)):
+        table.add_column(title, justify="right")
+    table.add_column("McNemar p", justify="right")
+    for row in rows:
+        cells = [f"{row.total_bytes / 1e6:.1f}", f"{row.linear_bits:.2f}"]
+        cells += [_interval(getattr(row, key), scale) for _, key, scale in _INTERVAL_COLUMNS]
+        p_value = "" if row.mcnemar_p is None else f"{row.mcnemar_p:.2g}"
+        table.add_row(row.name, *cells, p_value)
     Console().print(table)
+
+
+def _interval(interval: Any, scale: float) -> str:
+    if interval is None:
+        return ""
+    value, low, high = (scale * part for part in interval)
+    digits = ".2f" if scale > 1.0 else ".4f"
+    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"

@@ -47,11 +47,24 @@ def test_from_fine_tune_to_score(tmp_path: Path, pair: tuple[Path, Path], sample
     assert status == 0, errors
     result = json.loads(text)
     assert result["items"] == 8
-    assert 0.0 <= result["accuracy"] <= 1.0
-    assert result["kl to fine-tune"] >= 0.0
+    assert [row["name"] for row in result["rows"]] == ["tuned", "delta"]
+    itself, row = result["rows"]
+    assert row["accuracy"][0] == sum(row["right"]) / 8
+    assert row["accuracy"][1] < row["accuracy"][2]
+    assert row["difference"][0] == row["accuracy"][0] - itself["accuracy"][0]
+    assert row["kl"][1] <= row["kl"][0] <= row["kl"][2]
+    assert abs(itself["kl"][0]) < 1e-6 < row["kl"][0]
+    assert row["total_bytes"] == sum(f.stat().st_size for f in out.iterdir())
+    assert itself["linear_bits"] == 32
     status, text, errors = run("evaluate", base, tuned, out, *score, "--engine", "deltazip")
     assert status == 0, errors
-    assert json.loads(text)["items"] == 8
+    assert [row["right"] for row in json.loads(text)["rows"]] == [
+        row["right"] for row in result["rows"]
+    ]
+    status, text, errors = run("evaluate", base, tuned, out, base, *score[:-1], "--engine", "none")
+    assert status == 0, errors
+    assert "tuned" in text
+    assert "bits of linears" in text
     elsewhere = ["--engine", "deltazip", "--device", "nowhere"]
     status, text, errors = run("evaluate", base, tuned, out, *score, *elsewhere)
     assert status == 1

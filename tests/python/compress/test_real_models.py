@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltazip.compress import calibration, evaluate
+from deltazip.compress import calibration
 from deltazip.compress.pipeline import compress
 from deltazip.compress.plan import Settings
+from deltazip.compress.scoring.closeness import Reference, closeness, load_model
 
 QUESTIONS = [
     "Nina has 40 marbles and gives 15 away. How many are left?",
@@ -26,7 +27,7 @@ def test_ternary_stays_close_to_a_real_fine_tune(tmp_path: Path, test_models: Pa
     """Calibrated on what the fine-tune itself says, since its training data is not at hand."""
     base, tuned = test_models / "base", test_models / "math"
     tokenizer = calibration.load_tokenizer(tuned)
-    reference = evaluate.load_model(tuned, None)
+    reference = load_model(tuned, None)
     rows = []
     with torch.inference_mode():
         for start in QUESTIONS:
@@ -41,8 +42,11 @@ def test_ternary_stays_close_to_a_real_fine_tune(tmp_path: Path, test_models: Pa
     assert result.ratio > 7.5
     assert result.peak_rss_bytes < 3 << 30
     samples = calibration.load_samples(path)
-    close = evaluate.closeness(
-        evaluate.load_model(base, tmp_path / "out"), tokenizer, samples, reference
+    close = closeness(
+        load_model(base, tmp_path / "out"),
+        tokenizer,
+        samples,
+        Reference(reference, tokenizer, samples),
     )
     assert close.top1 is not None
     assert close.top1 > 0.97

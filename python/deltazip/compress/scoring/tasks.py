@@ -79,14 +79,19 @@ class Runner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
+    """Answers to a task's items, and which of them are right."""
+
     task: str
-    num_right: int
-    num_items: int
+    right: tuple[bool, ...]
     answers: tuple[str, ...]
 
     @property
+    def num_right(self) -> int:
+        return sum(self.right)
+
+    @property
     def share(self) -> float:
-        return self.num_right / max(self.num_items, 1)
+        return self.num_right / max(len(self.right), 1)
 
 
 def score(
@@ -100,15 +105,15 @@ def score(
     answers = runner.answer(prompts, task.max_new_tokens, begun)
     is_right = METRICS[task.metric]
     pairs = zip(answers, task.samples, strict=True)
-    num_right = sum(is_right(answer, sample.answer) for answer, sample in pairs)
-    return Score(task.name, num_right, len(task.samples), tuple(answers))
+    right = tuple(is_right(answer, sample.answer) for answer, sample in pairs)
+    return Score(task.name, right, tuple(answers))
 
 
 def begun_answers(
     tokenizer: Tokenizer, task: Task, likeliest: Sequence[Sequence[int]]
 ) -> list[list[int]]:
-    """How greedy answers begin, read off evaluate.closeness: the wanted tokens as far as they are
-    the likeliest ones, and the likeliest one in place of the first that is not."""
+    """How greedy answers begin, read off a Closeness: the wanted tokens as far as they are the
+    likeliest ones, and the likeliest one in place of the first that is not."""
     begun = []
     for sample, best in zip(task.samples, likeliest, strict=True):
         item = encode(tokenizer, sample)
