@@ -40,7 +40,10 @@ class DeviceArray {
     DZ_CUDA(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
     DZ_CUDA(cudaDeviceSynchronize());  // a copy from pageable memory may return before it is done
   }
-  void fill_bytes(int byte) { DZ_CUDA(cudaMemset(data_, byte, count_ * sizeof(T))); }
+  void fill_bytes(int byte) {
+    DZ_CUDA(cudaMemset(data_, byte, count_ * sizeof(T)));
+    DZ_CUDA(cudaDeviceSynchronize());  // the kernels' stream does not wait for this one
+  }
   std::vector<T> read() const {
     std::vector<T> host(count_);
     DZ_CUDA(cudaMemcpy(host.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));

@@ -83,7 +83,7 @@ struct Output {
         dtype(dtype_in),
         num_bytes(count * size_of(dtype)),
         memory(num_bytes + 2 * kGuardBytes) {}
-  void poison() const { DZ_CUDA(cudaMemset(memory.get(), kPoison, memory.num_bytes())); }
+  void poison() const { memory.set(kPoison); }
   void* data() const { return memory.get(kGuardBytes); }
   std::vector<std::uint8_t> bytes() const {
     std::vector<std::uint8_t> out(memory.num_bytes());
@@ -149,7 +149,7 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
   const auto x_count = static_cast<std::size_t>(kMostTokens * shape.in);
   const auto weight_count = static_cast<std::size_t>(shape.in * shape.out);
   const Memory x(2 * x_count), weight(2 * weight_count + kGuardBytes);
-  DZ_CUDA(cudaMemset(weight.get(), kPoison, weight.num_bytes()));  // beyond the end: NaN
+  weight.set(kPoison);  // beyond the end: NaN
   fill(x.get(), x_count, dtype, 1.0F, 1, stream);
   fill(weight.get(), weight_count, dtype, 1.0F / std::sqrt(static_cast<float>(shape.in)), 2,
        stream);
@@ -162,9 +162,9 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
     for (const std::int64_t tokens : kTokens) {
       // Rows beyond `tokens` are NaN: nothing may read them.
       const Memory few_x(2 * static_cast<std::size_t>((tokens + 8) * shape.in));
-      DZ_CUDA(cudaMemset(few_x.get(), kPoison, few_x.num_bytes()));
-      DZ_CUDA(cudaMemcpy(few_x.get(), x.get(), 2 * static_cast<std::size_t>(tokens * shape.in),
-                         cudaMemcpyDeviceToDevice));
+      few_x.set(kPoison);
+      DZ_CUDA(cudaMemcpyAsync(few_x.get(), x.get(), 2 * static_cast<std::size_t>(tokens * shape.in),
+                              cudaMemcpyDeviceToDevice, stream));
       const Output y(static_cast<std::size_t>(tokens * shape.out), y_dtype);
       const StreamGemm params = stream_params(scratch, few_x.get(), weight.get(), y.data(), tokens,
                                               shape, dtype, y_dtype);
@@ -228,7 +228,7 @@ void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, cuda
     }
   };
   const auto begin = [&] {
-    DZ_CUDA(cudaMemset(x.get(), kPoison, x.num_bytes()));
+    x.set(kPoison);
     fill(x.get(), x_count, DType::kFloat16, 1.0F, 9, stream);
     DZ_CUDA(cudaStreamSynchronize(stream));
   };

@@ -29,6 +29,11 @@ class Memory {
     return reinterpret_cast<T*>(static_cast<std::byte*>(data_) + byte_offset);
   }
   std::size_t num_bytes() const { return num_bytes_; }
+  // Done when it returns: the stream of the kernels does not wait for the one that this uses.
+  void set(int byte) const {
+    DZ_CUDA(cudaMemset(data_, byte, num_bytes_));
+    DZ_CUDA(cudaDeviceSynchronize());
+  }
 
  private:
   void* data_ = nullptr;
@@ -41,8 +46,8 @@ struct Scratch {
       : num_sms(num_sms_in),
         partials(stream_gemm_partials_bytes(num_sms)),
         counters(stream_gemm_counters_bytes(1 << 18)) {
-    DZ_CUDA(cudaMemset(partials.get(), 0xFF, partials.num_bytes()));
-    DZ_CUDA(cudaMemset(counters.get(), 0, counters.num_bytes()));
+    partials.set(0xFF);
+    counters.set(0);
   }
   int num_sms;
   Memory partials, counters;

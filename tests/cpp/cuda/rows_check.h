@@ -29,10 +29,12 @@ class Memory {
     DZ_CUDA(cudaMalloc(&data_, num_bytes + 2 * kGuard));
     DZ_CUDA(cudaMemset(data_, 0xFF, num_bytes + 2 * kGuard));
     DZ_CUDA(cudaMemset(get(), fill, num_bytes));
+    DZ_CUDA(cudaDeviceSynchronize());  // kernels run in a stream that does not wait for this one
   }
   template <typename T>
   explicit Memory(const std::vector<T>& host) : Memory(host.size() * sizeof(T)) {
     DZ_CUDA(cudaMemcpy(get(), host.data(), num_bytes_, cudaMemcpyHostToDevice));
+    DZ_CUDA(cudaDeviceSynchronize());  // from pageable memory it may return before it is done
   }
   Memory(Memory&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), num_bytes_(other.num_bytes_) {}
