@@ -107,7 +107,7 @@ def export(
             return tensor_bytes(file.apply(name, checkpoint.read(name)).to(to))
 
         stored[name] = Stored(dtype_name(tensor_dtype), info.shape, load)
-    _copy_companions(base, delta, out)
+    copy_companions(base, delta, out)
     config = dict(checkpoint.config)
     if want is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = str(want).removeprefix("torch.")
@@ -117,7 +117,7 @@ def export(
     return target
 
 
-def _copy_companions(base: Path, delta: Path, out: Path) -> None:
+def copy_companions(base: Path, delta: Path, out: Path) -> None:
     """Tokenizer and generation settings: the delta's own, else the base's."""
     own = delta if delta.is_dir() else delta.parent
     for name in _COMPANIONS:
