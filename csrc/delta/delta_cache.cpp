@@ -1,5 +1,7 @@
 #include "deltazip/delta/delta_cache.h"
 
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -13,6 +15,10 @@ namespace deltazip {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+// 80 us of the bus. A step's own small copies wait for the piece that is moving, several times a
+// step: pieces of 50 MB made its steps 1.4 times as long.
+constexpr std::size_t kPieceBytes = std::size_t{4} << 20;
 
 enum class State : std::uint8_t { kEmpty, kLoading, kResident };
 
@@ -37,8 +43,10 @@ struct Result {
 struct DeltaCache::Impl {
   Backend& backend;
   DeltaStore& store;
-  std::vector<Slot> slots;         // engine thread only
-  std::unique_ptr<Stream> stream;  // loader thread only; none where memory is shared
+  std::vector<Slot> slots;  // engine thread only
+  // Loader thread only; none where memory is shared.
+  std::unique_ptr<Stream> stream;
+  std::array<std::unique_ptr<Event>, 2> copied;  // of the pieces under way
 
   std::mutex mutex;
   std::condition_variable has_order, has_result;
@@ -50,7 +58,10 @@ struct DeltaCache::Impl {
 
   Impl(Backend& backend_in, DeltaStore& store_in, std::int32_t num_slots)
       : backend(backend_in), store(store_in), slots(static_cast<std::size_t>(num_slots)) {
-    if (!backend.shares_host_memory()) stream = backend.create_stream();
+    if (!backend.shares_host_memory()) {
+      stream = backend.create_stream();
+      for (auto& event : copied) event = backend.create_event();
+    }
     loader = std::thread([this] { run(); });
   }
 
@@ -72,6 +83,7 @@ struct DeltaCache::Impl {
 
   void run();
   DeviceDelta load(std::int32_t handle);
+  void copy(std::byte* device, const HostDelta& host);
 };
 
 void DeltaCache::Impl::run() {
@@ -106,15 +118,28 @@ DeviceDelta DeltaCache::Impl::load(std::int32_t handle) {
 
   delta.bytes = backend.allocate(host.num_bytes());
   auto* device = static_cast<std::byte*>(delta.bytes.data());
-  for (const HostDelta::Chunk& chunk : delta.host->chunks) {
-    if (chunk.num_bytes == 0) continue;
-    backend.copy_to_device(device + chunk.offset, delta.base + chunk.offset, chunk.num_bytes,
-                           *stream);
-    // One chunk at a time on the bus: a step's own small copies do not queue behind gigabytes.
-    stream->synchronize();
+  try {
+    copy(device, *delta.host);
+  } catch (...) {
+    stream->synchronize();  // what was given still writes to delta.bytes
+    throw;
   }
   delta.base = device;
   return delta;
+}
+
+// Two pieces at a time, so that the bus never waits for this thread.
+void DeltaCache::Impl::copy(std::byte* device, const HostDelta& host) {
+  const auto* from = static_cast<const std::byte*>(host.bytes.data());
+  const std::size_t num_bytes = host.bytes.num_bytes();
+  std::size_t turn = 0;
+  for (std::size_t at = 0; at < num_bytes; at += kPieceBytes, ++turn) {
+    Event& event = *copied[turn % copied.size()];
+    if (turn >= copied.size()) event.synchronize();
+    backend.copy_to_device(device + at, from + at, std::min(kPieceBytes, num_bytes - at), *stream);
+    event.record(*stream);
+  }
+  stream->synchronize();
 }
 
 DeltaCache::DeltaCache(Backend& backend, DeltaStore& store, std::int32_t num_slots) {

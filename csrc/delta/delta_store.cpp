@@ -60,7 +60,6 @@ HostPointer tile(Backend& backend, const Entry& entry, int num_threads) {
   auto host = std::make_shared<HostDelta>();
   host->content_digest = entry.summary.content_digest;
   host->parts = entry.layout.parts;
-  host->chunks = entry.layout.chunks;
   if (entry.layout.num_bytes > 0) host->bytes = backend.allocate_host(entry.layout.num_bytes);
   auto* bytes = static_cast<std::byte*>(host->bytes.data());
 

@@ -39,11 +39,11 @@ std::int32_t layer_of(std::string_view name) {
 
 DeltaLayout make_layout(const Backend& backend, const DeltaFile& file, std::int32_t num_layers) {
   DeltaLayout layout;
-  std::vector<std::vector<std::size_t>> by_chunk(static_cast<std::size_t>(num_layers) + 1);
+  std::vector<std::vector<std::size_t>> by_layer(static_cast<std::size_t>(num_layers) + 1);
   for (const DeltaTensor& tensor : file.tensors()) {
     const std::int32_t layer = layer_of(tensor.name);
     DZ_INTERNAL(layer < num_layers, tensor.name, " with ", num_layers, " layers");
-    by_chunk[static_cast<std::size_t>(layer < 0 ? num_layers : layer)].push_back(
+    by_layer[static_cast<std::size_t>(layer < 0 ? num_layers : layer)].push_back(
         layout.parts.size());
     DeltaPart part;
     part.name = tensor.name;
@@ -56,14 +56,12 @@ DeltaLayout make_layout(const Backend& backend, const DeltaFile& file, std::int3
     }
     layout.parts.push_back(std::move(part));
   }
-  for (const auto& chunk : by_chunk) {
-    const std::size_t begin = layout.num_bytes;
-    for (const std::size_t index : chunk) {
+  for (const auto& parts : by_layer) {
+    for (const std::size_t index : parts) {
       DeltaPart& part = layout.parts[index];
       part.offset = layout.num_bytes;
       layout.num_bytes += (part.num_bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
     }
-    layout.chunks.push_back({begin, layout.num_bytes - begin});
   }
   return layout;
 }

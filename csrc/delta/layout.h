@@ -10,7 +10,6 @@ namespace deltazip {
 // Where everything will lie in a HostDelta's bytes: known from the manifest alone.
 struct DeltaLayout {
   std::vector<DeltaPart> parts;  // by name, as DeltaFile::tensors()
-  std::vector<HostDelta::Chunk> chunks;
   std::size_t num_bytes = 0;
 };
 

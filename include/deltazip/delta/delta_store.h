@@ -26,16 +26,12 @@ struct DeltaPart {
   std::size_t offset = 0, num_bytes = 0;  // 64-byte aligned
 };
 
-// One delta in host memory, tiled for a backend, laid out layer by layer so that a copy to the
-// device can be pipelined: chunk i holds layer i; the last chunk everything outside the layers.
+// One delta in host memory, tiled for a backend, in the order in which a step reads it: layer by
+// layer, then everything outside of them.
 struct HostDelta {
   Digest content_digest;
   std::vector<DeltaPart> parts;  // by name; unchanged tensors too, without bytes
-  struct Chunk {
-    std::size_t offset, num_bytes;
-  };
-  std::vector<Chunk> chunks;
-  Buffer bytes;  // Backend::allocate_host; empty when every tensor is unchanged
+  Buffer bytes;                  // Backend::allocate_host; empty when every tensor is unchanged
 
   const DeltaPart* find(std::string_view name) const;  // nullptr: no such tensor
 };

@@ -218,6 +218,7 @@ def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
     first: list[float] = []
     loads: list[float] = []
     during: list[float] = []
+    prompts: list[float] = []
     for turn in range(plan.rounds + 1):
         name = cold()
         tokens_later(_SETTLE_TOKENS)
@@ -230,12 +231,20 @@ def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
         first.append(1e3 * (trace.first - trace.submitted))
         info = next(i for i in session.engine.variants() if i.name == name)
         loads.append(1e3 * info.load_seconds)
-        before = [max((x for x in t.times if x < trace.submitted), default=0.0) for t in others]
-        for other, start in zip(others, before, strict=True):
-            during += [1e3 * g for g in other.gaps(start, trace.first)]
+        for other in others:
+            start = max((x for x in other.times if x < trace.submitted), default=0.0)
+            times = [x for x in other.times if start <= x <= trace.first]
+            # The step that computes the prompt is apart: it takes as long for a warm variant.
+            for a, b in itertools.pairwise(times):
+                (prompts if b == trace.first else during).append(1e3 * (b - a))
     session.cancel_all()
-    if not quiet or not during:
+    if not quiet or not prompts:
         raise ValueError("the others made no token while a variant was loaded; lower --batch")
+
+    def at(values: list[float], share: float) -> float | None:
+        """None: every load ended within a step."""
+        return round(percentile(values, share), 3) if values else None
+
     return [
         {
             "mode": "load",
@@ -245,11 +254,11 @@ def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
             "rounds": plan.rounds,
             "first_token_ms": spread(first),
             "load_ms": spread(loads),
-            "others_quiet_p50_ms": round(percentile(quiet, 0.5), 3),
-            "others_quiet_p99_ms": round(percentile(quiet, 0.99), 3),
-            "others_loading_p50_ms": round(percentile(during, 0.5), 3),
-            "others_loading_p99_ms": round(percentile(during, 0.99), 3),
-            "others_loading_max_ms": round(max(during), 3),
+            "others_quiet_p50_ms": at(quiet, 0.5),
+            "others_quiet_p99_ms": at(quiet, 0.99),
+            "others_loading_p50_ms": at(during, 0.5),
+            "others_loading_p99_ms": at(during, 0.99),
+            "others_prompt_ms": spread(prompts),
         }
     ]
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <condition_variable>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <random>
@@ -103,6 +104,28 @@ TEST_P(DeltaCacheTest, ASlotHoldsTheBytesOfItsDelta) {
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(found) % 64, 0u);
     EXPECT_EQ(std::memcmp(found, expected, part.num_bytes), 0) << part.name;
   }
+}
+
+// Short pieces, so that other copies get between them, and every byte in its place.
+TEST_P(DeltaCacheTest, ALargeDeltaComesInPieces) {
+  test::TemporaryFolder folder;
+  const auto path = folder.path() / "delta.safetensors";
+  test::DeltaBuilder builder;
+  builder.replaced("model.norm.weight", "F32", {2'500'000}).unchanged("lm_head.weight", {2, 2});
+  test::write_file(path, builder.str());
+  DeltaStore large(backend, builder.base_digest,
+                   {{"lm_head.weight", Shape({2, 2})}, {"model.norm.weight", Shape({2'500'000})}},
+                   0);
+  int num_copies = 0;
+  backend.on_copy = [&] { ++num_copies; };
+  DeltaCache cache(backend, large, 1);
+  const std::int32_t handle = large.add(path);
+  cache.begin_load(0, handle);
+  ASSERT_EQ(finish(cache, 1).at(0).error, "");
+  const auto host = large.get(handle);
+  ASSERT_EQ(host->bytes.num_bytes(), 10'000'000U);
+  EXPECT_EQ(std::memcmp(cache.get(0)->base, host->bytes.data(), host->bytes.num_bytes()), 0);
+  EXPECT_EQ(num_copies, GetParam() ? 0 : 3);
 }
 
 TEST_P(DeltaCacheTest, LoadsDoNotStallTheirCaller) {
