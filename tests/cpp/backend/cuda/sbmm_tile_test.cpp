@@ -103,7 +103,7 @@ std::uint32_t word_at(const unsigned char* from, int index) {
 // What lane holds of tile (r, j): the kernel's loads, and its bit tricks where they are bits only.
 LaneRegisters registers(const unsigned char* record, DeltaType type, int r, int j, int lane) {
   LaneRegisters out{};
-  const int pair = r / 2, c = lane % 4, q = lane / 4;
+  const int pair = r / 2;
   if (type != DeltaType::kSparse24Ternary) {
     const unsigned char* indices = record + (type == DeltaType::kSparse24Int4 ? 2048 : 1024);
     out.metadata = word_at(indices, ((pair * 32 + lane) * 2 + r % 2) * 2 + j / 2);
@@ -123,17 +123,25 @@ LaneRegisters registers(const unsigned char* record, DeltaType type, int r, int 
                   2 * static_cast<float>(turned >> 16 & 3u) - 3};
     }
   } else {
-    const unsigned char* planes = record + 512;
-    TernaryPlanes words{};
-    for (int y = 0; y < 2; ++y) {
-      words.a[y] = word_at(planes, (r * 8 + q) * 4 + y);
-      words.b[y] = word_at(planes, (r * 8 + q) * 4 + 2 + y);
-      words.c[y] = word_at(planes + 512, ((pair * 8 + q) * 2 + r % 2) * 2 + y);
-    }
-    const auto lane_c = static_cast<std::uint32_t>(c);
-    const TernaryDigits digits =
-        ternary_digits(words, word_at(record, (pair * 32 + lane) * 2 + r % 2), lane_c);
-    out.metadata = ternary_metadata(words, j / 2, lane_c);
+    const auto planes_of = [&](int other) {
+      const int at = (pair * 32 + other) * 4;
+      return TernaryPlanes{word_at(record, at), word_at(record, at + 1), word_at(record, at + 2)};
+    };
+    // A lane's word after the exchange with lane ^ 1.
+    const auto exchanged = [&](int other) {
+      return exchange_nibbles(ternary_singles(planes_of(other)),
+                              ternary_singles(planes_of(other ^ 1)),
+                              static_cast<std::uint32_t>(other));
+    };
+    const std::uint32_t singles =
+        exchange_bytes(exchanged(lane), exchanged(lane ^ 2), static_cast<std::uint32_t>(lane));
+    const TernaryDigits upper =
+        ternary_digits(word_at(record, (pair * 32 + lane) * 4 + 3), singles, 0);
+    const TernaryDigits lower =
+        ternary_digits(word_at(record + kTernaryLowerSigns, pair * 32 + lane), singles, 1);
+    std::uint32_t metadata[4];
+    ternary_metadata(metadata, planes_of(lane));
+    out.metadata = metadata[j / 2 * 2 + r % 2];
     const auto value = [](std::uint32_t half) {  // as fp16: sign, then 0 or the top exponent bit
       EXPECT_EQ(half & 0x3FFFu, 0u);
       return ((half & 0x4000u) != 0 ? 1.0F : 0.0F) * ((half & 0x8000u) != 0 ? -1.0F : 1.0F);
@@ -141,16 +149,17 @@ LaneRegisters registers(const unsigned char* record, DeltaType type, int r, int 
     const auto put = [&](std::size_t i, std::uint32_t pair_bits) {
       out.a[i] = {value(pair_bits & 0xFFFFu), value(pair_bits >> 16)};
     };
-    const auto put_all = [&]<int kBit>(std::integral_constant<int, kBit>) {
-      put(0, ternary_pair<kBit>(digits));
-      put(1, ternary_pair<kBit + 8>(digits));
-      put(2, ternary_pair<kBit + 1>(digits));
-      put(3, ternary_pair<kBit + 9>(digits));
+    const auto put_all = [&]<int kTile>(std::integral_constant<int, kTile>) {
+      constexpr int kR = kTile % 2, kJ = kTile / 2;
+      put(0, ternary_pair<kR, kJ, 0>(upper.tile[kR]));
+      put(1, ternary_pair<kR, kJ, 0>(lower.tile[kR]));
+      put(2, ternary_pair<kR, kJ, 1>(upper.tile[kR]));
+      put(3, ternary_pair<kR, kJ, 1>(lower.tile[kR]));
     };
-    if (j == 0) put_all(std::integral_constant<int, 0>{});
-    if (j == 1) put_all(std::integral_constant<int, 2>{});
-    if (j == 2) put_all(std::integral_constant<int, 4>{});
-    if (j == 3) put_all(std::integral_constant<int, 6>{});
+    const auto put_one = [&]<int... kTile>(std::integer_sequence<int, kTile...>) {
+      ((2 * j + r % 2 == kTile ? put_all(std::integral_constant<int, kTile>{}) : void()), ...);
+    };
+    put_one(std::make_integer_sequence<int, 8>{});
   }
   return out;
 }

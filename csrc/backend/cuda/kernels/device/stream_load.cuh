@@ -23,4 +23,13 @@ __device__ __forceinline__ uint2 stream_load(const uint2* from, std::uint64_t po
   return v;
 }
 
+__device__ __forceinline__ std::uint32_t stream_load(const std::uint32_t* from,
+                                                     std::uint64_t policy) {
+  std::uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;"
+               : "=r"(v)
+               : "l"(from), "l"(policy));
+  return v;
+}
+
 }  // namespace deltazip::cuda

@@ -160,19 +160,18 @@ struct Words<DeltaType::kSparse24Int2> {
 };
 
 struct TernaryTiles {
-  TernaryDigits digits[2];
-  std::uint32_t metadata[2][2];
+  TernaryDigits digits[2];  // [r8]
+  std::uint32_t metadata[4];
 
   template <typename T, int kR, int kJ, int kTiles>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
                                            const std::uint32_t (&b)[kTiles][4]) const {
-    constexpr int kBit = 4 * (kJ / 2) + 2 * (kJ % 2);
-    const std::uint32_t a[4] = {ternary_pair<kBit>(digits[kR]), ternary_pair<kBit + 8>(digits[kR]),
-                                ternary_pair<kBit + 1>(digits[kR]),
-                                ternary_pair<kBit + 9>(digits[kR])};
+    const std::uint32_t upper = digits[0].tile[kR], lower = digits[1].tile[kR];
+    const std::uint32_t a[4] = {ternary_pair<kR, kJ, 0>(upper), ternary_pair<kR, kJ, 0>(lower),
+                                ternary_pair<kR, kJ, 1>(upper), ternary_pair<kR, kJ, 1>(lower)};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      mma_sp_m16n8k32<T, kJ % 2>(sum[n], a, b[n], metadata[kR][kJ / 2]);
+      mma_sp_m16n8k32<T, kJ % 2>(sum[n], a, b[n], metadata[kJ / 2 * 2 + kR]);
     }
   }
 };
@@ -180,31 +179,27 @@ struct TernaryTiles {
 template <>
 struct Words<DeltaType::kSparse24Ternary> {
   static constexpr float kUnit = 1.0F / kTernaryUnit;
-  static constexpr int kRegisters = 14;
-  uint2 signs;
-  uint4 ab[2], third;
+  static constexpr int kRegisters = 5;
+  uint4 words;  // planes a, b, c; signs of rows q
+  std::uint32_t lower_signs;
 
   __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
                                        std::uint64_t policy) {
-    constexpr int kPlanes = kRecordRows * kRecordColumns / 16;  // bytes before planes a and b
-    signs = stream_load(reinterpret_cast<const uint2*>(record) + pair * 32 + lane, policy);
-    const auto* from = reinterpret_cast<const uint4*>(record + kPlanes) + lane / 4;
-    ab[0] = stream_load(from + pair * 16, policy);
-    ab[1] = stream_load(from + pair * 16 + 8, policy);
-    third = stream_load(from + 32 + pair * 8, policy);
+    words = stream_load(reinterpret_cast<const uint4*>(record) + pair * 32 + lane, policy);
+    lower_signs = stream_load(
+        reinterpret_cast<const std::uint32_t*>(record + kTernaryLowerSigns) + pair * 32 + lane,
+        policy);
   }
-  __device__ __forceinline__ TernaryTiles prepare(int lane) const {
-    const std::uint32_t c = static_cast<std::uint32_t>(lane) % 4;
+  __device__ __forceinline__ TernaryTiles prepare(int lane_index) const {
+    const auto lane = static_cast<std::uint32_t>(lane_index);
+    const TernaryPlanes planes{words.x, words.y, words.z};
+    std::uint32_t singles = ternary_singles(planes);
+    singles = exchange_nibbles(singles, __shfl_xor_sync(0xFFFFFFFFu, singles, 1), lane);
+    singles = exchange_bytes(singles, __shfl_xor_sync(0xFFFFFFFFu, singles, 2), lane);
     TernaryTiles tiles;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const TernaryPlanes planes{{ab[r].x, ab[r].y},
-                                 {ab[r].z, ab[r].w},
-                                 {r == 0 ? third.x : third.z, r == 0 ? third.y : third.w}};
-      tiles.digits[r] = ternary_digits(planes, r == 0 ? signs.x : signs.y, c);
-      tiles.metadata[r][0] = ternary_metadata(planes, 0, c);
-      tiles.metadata[r][1] = ternary_metadata(planes, 1, c);
-    }
+    ternary_metadata(tiles.metadata, planes);
+    tiles.digits[0] = ternary_digits(words.w, singles, 0);
+    tiles.digits[1] = ternary_digits(lower_signs, singles, 1);
     return tiles;
   }
 };

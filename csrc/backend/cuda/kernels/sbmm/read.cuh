@@ -60,14 +60,15 @@ DZ_HOST_DEVICE GroupValues read_group(const unsigned char* record, DeltaType typ
           2.0F * static_cast<float>(word >> 16 & 3u) - 3.0F);
     }
     case DeltaType::kSparse24Ternary: {
-      const unsigned char* planes = record + kRecordRows * kRecordColumns / 16;
-      const int y = j / 2, plane_bit = 16 * r8 + 4 * p + 2 * (j % 2) + half;
-      const std::uint32_t pa = word_at(planes, (r * 8 + q) * 4 + y) >> plane_bit & 1u;
-      const std::uint32_t pb = word_at(planes, (r * 8 + q) * 4 + 2 + y) >> plane_bit & 1u;
-      const std::uint32_t pc =
-          word_at(planes + 512, ((pair * 8 + q) * 2 + r % 2) * 2 + y) >> plane_bit & 1u;
+      const int e = j / 2 * 2 + r % 2, plane_bit = 16 * r8 + 4 * p + e;
+      const int planes = (pair * 32 + index_lane) * 4;
+      const std::uint32_t pa = word_at(record, planes) >> plane_bit & 1u;
+      const std::uint32_t pb = word_at(record, planes + 1) >> plane_bit & 1u;
+      const std::uint32_t pc = word_at(record, planes + 2) >> plane_bit & 1u;
       const std::uint32_t signs =
-          word_at(record, (pair * 32 + lane) * 2 + r % 2) >> (8 * r8 + 4 * y + 2 * (j % 2) + half);
+          (r8 == 0 ? word_at(record, (pair * 32 + lane) * 4 + 3)
+                   : word_at(record + kTernaryLowerSigns, pair * 32 + lane)) >>
+          (8 * (j % 2) + 4 * half + e);
       const bool minus0 = (signs & 1u) != 0, minus1 = (signs >> 16 & 1u) != 0;
       const bool single = pa == 0 && pc == 1;
       const float first = single && minus0 != minus1 ? 0.0F : minus0 ? -1.0F : 1.0F;

@@ -8,8 +8,8 @@
 // "pair" = two row tiles (what one warp reads). Words of 32 bits, slowest index first.
 //   sparse24_int4     values [r][lane][j], see int4_nibble(); indices [pair][lane][r][2]
 //   sparse24_int2     values [pair][lane][r][2], word i holds tiles j = 2i, 2i + 1; indices so too
-//   sparse24_ternary  signs [pair][lane][r]; planes a, b [r][q][a0 a1 b0 b1];
-//                     plane c [pair][q][r][2]; see decode.cuh
+//   sparse24_ternary  [pair][lane][planes a, b, c, signs of rows q]; then, as kTernaryLowerSigns
+//                     says, [pair][lane] signs of rows q + 8; see decode.cuh
 //   dense_int4        values [r][j][lane][2]
 //   dense_int8        values [r][j][lane][4]
 // Index word i of a lane serves tile j = 2i + c / 2: the metadata register of both tiles is one.
@@ -25,10 +25,11 @@ inline constexpr int kRecordRows = 64;
 inline constexpr int kRecordColumns = 128;
 inline constexpr int kRecordGroups = kRecordColumns / 4;  // of four columns
 inline constexpr int kScalePartBytes = kRecordRows * 2;
+inline constexpr int kTernaryLowerSigns = kRecordRows * kRecordColumns / 8;
 
 struct RecordLayout {
-  std::int32_t values_bytes;   // where the indices (ternary: planes a and b) begin
-  std::int32_t indices_bytes;  // ternary: all three planes
+  std::int32_t values_bytes;  // where the indices begin; ternary: of everything but scales
+  std::int32_t indices_bytes;
   std::int32_t scales_offset;
   std::int32_t scale_parts;  // 1, 2 or 4
   std::int32_t record_bytes;
@@ -49,8 +50,7 @@ constexpr RecordLayout record_layout(DeltaType type, std::int64_t rows, std::int
       layout.indices_bytes = kWeights / 8;
       break;
     case DeltaType::kSparse24Ternary:
-      layout.values_bytes = kWeights / 16;
-      layout.indices_bytes = kWeights * 3 / 32;
+      layout.values_bytes = kWeights * 5 / 32;
       break;
     case DeltaType::kDenseInt4:
       layout.values_bytes = kWeights / 2;

@@ -148,53 +148,44 @@ std::array<std::uint64_t, 1024> make_ternary_table() {
   return table;
 }
 
-// Bit 4 h + p of a plane's byte to bit 4 p + h.
-constexpr std::array<std::uint16_t, 256> make_spread() {
-  std::array<std::uint16_t, 256> spread{};
-  for (unsigned byte = 0; byte < 256; ++byte) {
-    unsigned bits = 0;
-    for (unsigned g = 0; g < 8; ++g) bits |= (byte >> g & 1u) << (4 * (g % 4) + g / 4);
-    spread[byte] = static_cast<std::uint16_t>(bits);
-  }
-  return spread;
+// Bit p to bit 4 p.
+constexpr std::uint32_t spread_nibble(std::uint32_t v) {
+  return (v & 1u) | (v & 2u) << 3 | (v & 4u) << 6 | (v & 8u) << 9;
 }
 
-void put_ternary(std::uint8_t* out, const RecordLayout& layout, const Rows& rows) {
+// See decode.cuh for the places of the bits.
+void put_ternary(std::uint8_t* out, const Rows& rows) {
   static const std::array<std::uint64_t, 1024> kTable = make_ternary_table();
-  static constexpr std::array<std::uint16_t, 256> kSpread = make_spread();
-  std::uint8_t* planes_ab = out + layout.values_bytes;
-  std::uint8_t* planes_c = planes_ab + 4 * 8 * 16;
-  for (int r = 0; r < 4; ++r) {
-    for (int q = 0; q < 8; ++q) {
-      std::uint32_t planes[3][2] = {}, signs[4] = {};
-      for (int r8 = 0; r8 < 2; ++r8) {
-        for (int j = 0; j < kTiles; ++j) {
-          const std::uint8_t* from = rows.value(16 * r + q + 8 * r8, j);
-          const std::uint64_t codes =
-              load<std::uint32_t>(from) | static_cast<std::uint64_t>(from[4]) << 32;
-          std::uint64_t bytes = 0;
-          for (unsigned i = 0; i < 4; ++i) bytes |= kTable[codes >> (10 * i) & 1023u] << (2 * i);
-          const int s = j % 2, y = j / 2;
+  for (int pair = 0; pair < 2; ++pair) {
+    std::uint32_t words[32][5] = {};  // of a lane: planes a, b, c, signs of rows q, of rows q + 8
+    for (int row = 0; row < 32; ++row) {
+      const int r = row / 16, r8 = row / 8 % 2, q = row % 8;
+      for (int j = 0; j < kTiles; ++j) {
+        const std::uint8_t* from = rows.value(32 * pair + row, j);
+        const std::uint64_t codes = load<std::uint32_t>(from) | static_cast<std::uint64_t>(from[4])
+                                                                    << 32;
+        std::uint64_t bytes = 0;  // bit 4 h + p of a plane's byte
+        for (unsigned i = 0; i < 4; ++i) bytes |= kTable[codes >> (10 * i) & 1023u] << (2 * i);
+        const int s = j % 2, e = j / 2 * 2 + r;
+        for (int h = 0; h < 2; ++h) {
+          std::uint32_t* lanes = words[4 * q + 2 * s + h];
           for (int plane = 0; plane < 3; ++plane) {
-            planes[plane][y] |= static_cast<std::uint32_t>(kSpread[bytes >> (8 * plane) & 255u])
-                                << (16 * r8 + 2 * s);
+            const auto groups = static_cast<std::uint32_t>(bytes >> (8 * plane + 4 * h) & 15u);
+            lanes[plane] |= spread_nibble(groups) << (16 * r8 + e);
           }
-          const std::uint32_t first = kSpread[bytes >> 24 & 255u];
-          const std::uint32_t second = kSpread[bytes >> 32 & 255u];
           for (int p = 0; p < 4; ++p) {
-            const int place = 8 * r8 + 4 * y + 2 * s;
-            signs[p] |= (first >> (4 * p) & 3u) << place | (second >> (4 * p) & 3u) << (place + 16);
+            const auto signs = static_cast<std::uint32_t>(bytes >> (24 + 4 * h + p));
+            words[4 * q + p][3 + r8] |= ((signs & 1u) | (signs >> 8 & 1u) << 16)
+                                        << (8 * s + 4 * h + e);
           }
         }
       }
-      for (int p = 0; p < 4; ++p) {
-        store(out + 4 * ((r / 2 * 32 + 4 * q + p) * 2 + r % 2), signs[p]);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        store(out + 4 * ((pair * 32 + lane) * 4 + i), words[lane][i]);
       }
-      for (int y = 0; y < 2; ++y) {
-        store(planes_ab + 4 * ((r * 8 + q) * 4 + y), planes[0][y]);
-        store(planes_ab + 4 * ((r * 8 + q) * 4 + 2 + y), planes[1][y]);
-        store(planes_c + 4 * (((r / 2 * 8 + q) * 2 + r % 2) * 2 + y), planes[2][y]);
-      }
+      store(out + kTernaryLowerSigns + 4 * (pair * 32 + lane), words[lane][4]);
     }
   }
 }
@@ -245,7 +236,7 @@ void put_record(std::uint8_t* out, DeltaType type, const RecordLayout& layout, c
       put_int2(out, rows);
       return put_indices(out + layout.values_bytes, rows);
     case DeltaType::kSparse24Ternary:
-      return put_ternary(out, layout, rows);
+      return put_ternary(out, rows);
     case DeltaType::kDenseInt4:
     case DeltaType::kDenseInt8:
       return put_dense(out, rows, type == DeltaType::kDenseInt4);
