@@ -33,11 +33,15 @@ def command(
     embedding_group_size: Annotated[
         int, typer.Option(help="The same, of embeddings. 0: what suits the format.")
     ] = 0,
-    samples: Annotated[int, typer.Option(help="Calibration sequences at most.")] = 256,
+    samples: Annotated[int, typer.Option(help="Calibration sequences at most.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens at most, roughly.")] = 40960,
     max_length: Annotated[int, typer.Option(help="Tokens of each at most.")] = 1024,
     damping: Annotated[
         float, typer.Option(help="Added to the Hessian's diagonal, a share.")
     ] = 0.01,
+    correction: Annotated[
+        float, typer.Option(help="Share of earlier errors to make up for, 0 to 1.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Which calibration sequences are taken.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
@@ -57,8 +61,10 @@ def command(
             embedding_format=embedding_format,
             embedding_group_size=embedding_group_size,
             num_samples=samples,
+            num_tokens=tokens,
             max_length=max_length,
             damping=damping,
+            correction=correction,
             seed=seed,
         )
         if dry_run:

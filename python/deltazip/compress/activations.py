@@ -96,21 +96,80 @@ class ActivationFile:
         self._file.close()
 
 
-class HessianSum:
-    """2/n * sum(x x^T) over the tokens of all sequences, [width, width] float32."""
+class Streams:
+    """The compressed model's hidden states and the fine-tune's own, a file of each."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, path: Path, num_rows: int, width: int, *, keep: bool = False) -> None:
+        self.width = width
+        self._files = [
+            ActivationFile(path.with_name(f"{path.name}-{who}.f32"), num_rows, width, keep=keep)
+            for who in ("compressed", "finetuned")
+        ]
+
+    def read(self, batch: Batch, device: torch.device, count: int = 2) -> list[Tensor]:
+        """The compressed model's rows and, if `count` is 2, the fine-tune's."""
+        return [file.read(batch, device) for file in self._files[:count]]
+
+    def write(self, batch: Batch, rows: Sequence[Tensor]) -> None:
+        """rows: as `read` gives them, one or two."""
+        for file, own in zip(self._files, rows, strict=False):
+            file.write(batch, own)
+
+    def sync(self) -> None:
+        for file in self._files:
+            file.sync()
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files:
+            file.__exit__(*error)
+
+
+class HessianSum:
+    """Sums over the tokens of all sequences that a linear is solved with, float32.
+
+    Of the inputs x that the compressed model gives a linear and x' that the fine-tune gives it:
+    the Hessian 2/n * sum(x x^T), and the drift 2/n * sum((x' - x) x^T). For a linear whose output
+    is added to the residual stream, with r and r' the stream before it, also 2/n * sum((r' - r)
+    x^T).
+    """
+
+    def __init__(self, width: int, device: torch.device, residual_width: int = 0) -> None:
         self._sum = torch.zeros((width, width), device=device)
+        self._drift = torch.zeros((width, width), device=device)
+        self._residual = torch.zeros((residual_width, width), device=device)
         self._num_tokens = 0
 
-    def add(self, inputs: Tensor, batch: Batch) -> None:
-        """inputs: [rows of the batch, width]. The prefix counts once for each sequence."""
+    def add(self, batch: Batch, inputs: Sequence[Tensor], residuals: Sequence[Tensor] = ()) -> None:
+        """The prefix counts once for each sequence.
+
+        Args:
+            inputs: x and, where the fine-tune's stream is known, x': [rows of the batch, width].
+            residuals: r and r', in the same way: [rows of the batch, residual_width].
+        """
         num_sequences = len(batch.lengths)
+        weighted = inputs[0]
         if batch.prefix and num_sequences > 1:
-            inputs = inputs.clone()
-            inputs[: batch.prefix] *= num_sequences**0.5
-        self._sum.addmm_(inputs.mT, inputs)
-        self._num_tokens += inputs.shape[0] + batch.prefix * (num_sequences - 1)
+            weighted = weighted.clone()
+            weighted[: batch.prefix] *= num_sequences
+        self._sum.addmm_(inputs[0].mT, weighted)
+        for total, pair in ((self._drift, inputs), (self._residual, residuals)):
+            if len(pair) == 2:
+                total.addmm_((pair[1] - pair[0]).mT, weighted)
+        self._num_tokens += weighted.shape[0] + batch.prefix * (num_sequences - 1)
 
     def value(self) -> Tensor:
+        """The Hessian, [width, width]."""
         return self._sum * (2.0 / max(self._num_tokens, 1))
+
+    def missing_output(self, weight: Tensor) -> Tensor:
+        """2/n * sum(m x^T) [rows, width]: m is what the linear's output lacks at x.
+
+        weight: [rows, width], the fine-tune's. m = weight (x' - x), and r' - r where there is one.
+        """
+        total = weight @ self._drift
+        if self._residual.shape[0]:
+            total += self._residual
+        return total * (2.0 / max(self._num_tokens, 1))

@@ -140,8 +140,13 @@ def calibration_sequences(
     num_samples: int,
     max_length: int,
     seed: int,
+    max_tokens: int | None = None,
 ) -> list[tuple[int, ...]]:
     """At most `num_samples` token sequences, chosen by `seed`; long ones are cut into windows.
+
+    Args:
+        max_length: tokens of a window.
+        max_tokens: no sequence is added once there are so many; None is no limit.
 
     Raises:
         CalibrationError: there are fewer than 256 tokens in all.
@@ -149,14 +154,18 @@ def calibration_sequences(
     order = list(range(len(samples)))
     random.Random(seed).shuffle(order)
     sequences: list[tuple[int, ...]] = []
+    num_tokens = 0
     for index in order:
-        if len(sequences) >= num_samples:
+        if len(sequences) >= num_samples or (max_tokens is not None and num_tokens >= max_tokens):
             break
         ids = encode(tokenizer, samples[index]).ids
         windows = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
         if samples[index].messages:
             windows = windows[:1]  # the middle of a conversation is no input the model sees
-        sequences += [window for window in windows if window]
+        for window in windows:
+            if window and (max_tokens is None or num_tokens < max_tokens):
+                sequences.append(window)
+                num_tokens += len(window)
     sequences = sequences[:num_samples]
     num_tokens = sum(len(ids) for ids in sequences)
     if num_tokens < MIN_TOKENS:

@@ -88,6 +88,7 @@ def compress(
         tokenizer,
         calibration.load_samples(calibration_file),
         num_samples=settings.num_samples,
+        max_tokens=settings.num_tokens,
         max_length=settings.max_length,
         seed=settings.seed,
     )
@@ -96,7 +97,7 @@ def compress(
     num_tokens = sum(len(ids) for ids in sequences)
     width = max(shape.hidden, shape.num_heads * shape.head_dim)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(out.parent, 2 * estimate_file_bytes(planned) + 3 * 4 * num_tokens * width)
+    _check_disk(out.parent, 2 * estimate_file_bytes(planned) + 6 * 4 * num_tokens * width)
     progress("reading the base's digest", 0.0)
     base_digest = models.base.digest()
     progress("reading the fine-tune's digest", 0.0)

@@ -38,8 +38,10 @@ class Settings:
         embedding_format: int4, int8 or exact: of embeddings and an untied lm_head, dense.
         embedding_group_size: as group_size, for those; 0 takes what suits the format.
         num_samples: calibration sequences at most.
+        num_tokens: calibration tokens, roughly, at most.
         max_length: tokens of a calibration sequence at most.
         damping: share of the Hessian's mean diagonal that is added to it.
+        correction: share of the error of what came before that a linear is asked to make up for.
         batch_tokens: calibration tokens in memory at once.
     """
 
@@ -47,9 +49,11 @@ class Settings:
     group_size: int = 64
     embedding_format: str = "int4"
     embedding_group_size: int = 0
-    num_samples: int = 256
+    num_samples: int = 1024
+    num_tokens: int = 40960
     max_length: int = 1024
     damping: float = 0.01
+    correction: float = 1.0
     batch_tokens: int = 4096
     seed: int = 0
 
@@ -65,11 +69,13 @@ class Settings:
             object.__setattr__(self, "embedding_group_size", EMBEDDING_GROUP_SIZES[self.format])
         pack.check_group_size(self.group_size)
         pack.check_group_size(self.embedding_group_size)
-        for name in ("num_samples", "max_length", "batch_tokens"):
+        for name in ("num_samples", "num_tokens", "max_length", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 < self.damping <= 1.0:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
+        if not 0.0 <= self.correction <= 1.0:
+            raise ValueError(f"correction must be in [0, 1], got {self.correction}")
 
     def digest(self, *more: str) -> str:
         """Identity of a run: two runs with equal digests give the same artifact."""

@@ -83,6 +83,14 @@ class Factor:
         self.inverse = torch.linalg.solve_triangular(corner, eye, upper=True)  # [groups, 4, 4]
         self.cost = self.inverse @ self.inverse.mT
 
+    def weights_for(self, outputs: Tensor) -> Tensor:
+        """Weights [rows, columns] whose outputs come closest, by damped least squares.
+
+        outputs: [rows, columns], 2/n * sum(y x^T) of the outputs y that are wanted.
+        """
+        upper = self.upper[: self.num_columns, : self.num_columns]
+        return (outputs @ upper.mT) @ upper
+
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """U, upper triangular, with U^T U the inverse of the damped Hessian."""

@@ -3,19 +3,22 @@
 One decoder layer of both models is in memory at a time, and one batch of hidden states. A layer's
 linears are compressed in the order in which data meets them, and each is put back as base + delta
 before the next one's inputs are taken: what a Hessian sees is what the compressed model will see.
+The fine-tune's own hidden states go along, so that each linear is asked for what they lack by then.
+
+Source: Li et al., GPTAQ (2025), for the inputs' drift; the residual stream's is ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltazip.compress import calibration, llama
-from deltazip.compress.activations import ActivationFile, HessianSum, make_batches
+from deltazip.compress.activations import Batch, HessianSum, Streams, make_batches
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import Entry, Stored, stored_of_matrix
 from deltazip.compress.llama import LlamaForward, LlamaShape
@@ -117,14 +120,14 @@ class Run:
             self.progress("final norm and head", (num_steps - 1) / num_steps)
             self.head(names)
 
-    def hidden_file(self, which: int, *, keep: bool) -> ActivationFile:
-        path = self.workspace.folder / f"hidden-{which}.f32"
-        return ActivationFile(path, self.num_rows, self.shape.hidden, keep=keep)
+    def hidden_file(self, which: int, *, keep: bool) -> Streams:
+        path = self.workspace.folder / f"hidden-{which}"
+        return Streams(path, self.num_rows, self.shape.hidden, keep=keep)
 
-    def mixed_file(self) -> ActivationFile:
+    def mixed_file(self) -> Streams:
         """What attention gives, before its output projection."""
         width = self.shape.num_heads * self.shape.head_dim
-        return ActivationFile(self.workspace.folder / "mixed.f32", self.num_rows, width)
+        return Streams(self.workspace.folder / "mixed", self.num_rows, width)
 
     # The embedding.
 
@@ -134,6 +137,7 @@ class Run:
         solved = self.round_embedding(piece, base, tuned)
         used = torch.tensor(sorted({token for ids in self.sequences for token in ids}))
         rows = base[used].float()
+        wanted = tuned[used].float()
         if solved is not None:
             matrix = dataclasses.replace(
                 solved.matrix,
@@ -142,17 +146,18 @@ class Run:
             )
             rows += torch.from_numpy(matrix.dequantize())
         else:
-            rows = tuned[used].float()
+            rows = wanted
         place = {int(token): row for row, token in enumerate(used)}
         sequence = 0
-        with self.hidden_file(0, keep=False) as file:
+        with self.hidden_file(0, keep=False) as files:
             for batch in self.batches:
                 chosen = self.sequences[sequence : sequence + len(batch.lengths)]
                 sequence += len(batch.lengths)
                 rest = (token for ids in chosen for token in ids[self.prefix :])
                 ids = [*chosen[0][: self.prefix], *rest]
-                file.write(batch, rows[[place[token] for token in ids]])
-            file.sync()
+                at = [place[token] for token in ids]
+                files.write(batch, (rows[at], wanted[at]))
+            files.sync()
         self.workspace.save_piece("embedding", piece.entries, piece.stored, piece.report, hidden=0)
 
     def round_embedding(self, piece: Piece, base: Tensor, tuned: Tensor) -> Solved | None:
@@ -174,34 +179,36 @@ class Run:
     def layer(self, layer: int, done: float, share: float) -> None:
         prefix, piece = llama.layer_prefix(layer), Piece()
         base: dict[str, Tensor] = {}
-        tuned: dict[str, Tensor] = {}
+        tuned: dict[str, Tensor] = {}  # float32, as the fine-tune's own stream needs it
         running: dict[str, Tensor] = {}
         names = [n for n in self.shape.tensors() if n.startswith(prefix)]
         for name in names:
             short = name.removeprefix(prefix)
-            base[short], tuned[short] = self.models.read(name)
-            if short.removesuffix(".weight") not in llama.LINEARS:
-                piece.exact(name, base[short], tuned[short])
-                running[short] = tuned[short].float().to(self.device)
+            before, after_tuning = self.models.read(name)
+            tuned[short] = after_tuning.float().to(self.device)
+            if short.removesuffix(".weight") in llama.LINEARS:
+                base[short] = before
+            else:
+                piece.exact(name, before, after_tuning)
+                running[short] = tuned[short]
 
         def step(number: int, what: str) -> None:
             self.progress(
                 f"layer {layer + 1}/{self.shape.num_layers}: {what}", done + share * number / 5
             )
 
-        def settle(linears: Iterable[str], hessian: HessianSum) -> None:
-            moved = [
-                n for n in linears if not torch.equal(base[f"{n}.weight"], tuned[f"{n}.weight"])
-            ]
-            factor = Factor(hessian.value(), self.settings.damping) if moved else None
+        def settle(linears: Iterable[str], sums: HessianSum) -> None:
+            factor: Factor | None = None
             for linear in linears:
                 short = f"{linear}.weight"
-                before = base.pop(short).float().to(self.device)
-                delta = tuned.pop(short).float().to(self.device) - before
-                if linear not in moved or factor is None:
+                before, wanted = base.pop(short).float().to(self.device), tuned[short]
+                if torch.equal(before, wanted):
                     piece.unchanged(prefix + short, before)
                     running[short] = before
                     continue
+                factor = factor or Factor(sums.value(), self.settings.damping)
+                lacking = factor.weights_for(sums.missing_output(wanted))
+                delta = wanted - before + self.settings.correction * lacking
                 try:
                     solved = solve(delta, factor, self.spec)
                 except ValueError as error:
@@ -211,13 +218,14 @@ class Run:
                     torch.from_numpy(solved.matrix.dequantize()).to(self.device)
                 )
 
+        own = tuned if self.settings.correction else None
         which = int(self.workspace.get("hidden", 0))
         with (
             self.hidden_file(which, keep=True) as hidden,
             self.hidden_file(1 - which, keep=False) as after,
             self.mixed_file() as mixed,
         ):
-            self.walk(running, settle, step, hidden, mixed, after)
+            self.walk(running, settle, step, hidden, mixed, after, own)
             after.sync()
         self.workspace.save_piece(
             f"layer-{layer:03d}", piece.entries, piece.stored, piece.report, hidden=1 - which
@@ -225,57 +233,79 @@ class Run:
 
     def walk(
         self,
-        running: dict[str, Tensor],
+        running: Mapping[str, Tensor],
         settle: Callable[[Iterable[str], HessianSum], None],
         step: Callable[[int, str], None],
-        hidden: ActivationFile,
-        mixed: ActivationFile,
-        after: ActivationFile,
+        hidden: Streams,
+        mixed: Streams,
+        after: Streams,
+        tuned: Mapping[str, Tensor] | None = None,
     ) -> None:
         """One layer over all calibration tokens: from `hidden` to `after`, through `mixed`.
 
-        settle: compresses linears given the Hessian of their inputs, and puts them in `running`.
+        Args:
+            running: norms and biases, and of the linears those that are settled.
+            settle: compresses linears given the sums over their inputs, and puts them in `running`.
+            tuned: the fine-tune's weights, which its own stream goes through; None leaves that
+                stream out.
         """
         forward, device = self.forward, self.device
+        weights = (running,) if tuned is None else (running, tuned)  # of each stream
+        streams = len(weights)
+
+        def attention_inputs(batch: Batch) -> list[Tensor]:
+            norm = running[llama.INPUT_NORM]
+            return [forward.norm(states, norm) for states in hidden.read(batch, device, streams)]
+
+        def mlp_inner(states: list[Tensor]) -> list[Tensor]:
+            norm = running[llama.MLP_NORM]
+            return [
+                forward.mlp_inner(forward.norm(rows, norm), own)
+                for rows, own in zip(states, weights, strict=True)
+            ]
 
         step(0, "attention inputs")
-        hessian = HessianSum(self.shape.hidden, device)
+        sums = HessianSum(self.shape.hidden, device)
         for batch in self.batches:
-            hessian.add(forward.norm(hidden.read(batch, device), running[llama.INPUT_NORM]), batch)
-        settle(llama.ATTENTION_INPUTS, hessian)
+            sums.add(batch, attention_inputs(batch))
+        settle(llama.ATTENTION_INPUTS, sums)
 
         step(1, "attention output")
-        hessian = HessianSum(mixed.width, device)
+        sums = HessianSum(mixed.width, device, self.shape.hidden)
         for batch in self.batches:
-            inputs = forward.norm(hidden.read(batch, device), running[llama.INPUT_NORM])
-            out = forward.attention(inputs, running, batch.padded_index(device))
-            hessian.add(out, batch)
+            index = batch.padded_index(device)
+            out = [
+                forward.attention(inputs, own, index)
+                for inputs, own in zip(attention_inputs(batch), weights, strict=True)
+            ]
+            sums.add(batch, out, hidden.read(batch, device, streams))
             mixed.write(batch, out)
-        settle((llama.ATTENTION_OUTPUT,), hessian)
+        settle((llama.ATTENTION_OUTPUT,), sums)
 
         step(2, "MLP inputs")
-        hessian = HessianSum(self.shape.hidden, device)
+        sums = HessianSum(self.shape.hidden, device)
         for batch in self.batches:
-            states = hidden.read(batch, device)
-            states += forward.attention_output(mixed.read(batch, device), running)
+            states = hidden.read(batch, device, streams)
+            gathered = mixed.read(batch, device, streams)
+            for rows, inputs, own in zip(states, gathered, weights, strict=True):
+                rows += forward.attention_output(inputs, own)
             after.write(batch, states)
-            hessian.add(forward.norm(states, running[llama.MLP_NORM]), batch)
-        settle(llama.MLP_INPUTS, hessian)
+            sums.add(batch, [forward.norm(rows, running[llama.MLP_NORM]) for rows in states])
+        settle(llama.MLP_INPUTS, sums)
 
         step(3, "MLP output")
-        hessian = HessianSum(self.shape.intermediate, device)
+        sums = HessianSum(self.shape.intermediate, device, self.shape.hidden)
         for batch in self.batches:
-            hessian.add(self._mlp_inner(after.read(batch, device), running), batch)
-        settle((llama.MLP_OUTPUT,), hessian)
+            states = after.read(batch, device, streams)
+            sums.add(batch, mlp_inner(states), states)
+        settle((llama.MLP_OUTPUT,), sums)
 
         step(4, "running it compressed")
         for batch in self.batches:
-            states = after.read(batch, device)
-            states += forward.mlp_output(self._mlp_inner(states, running), running)
+            states = after.read(batch, device, streams)
+            for rows, inner, own in zip(states, mlp_inner(states), weights, strict=True):
+                rows += forward.mlp_output(inner, own)
             after.write(batch, states)
-
-    def _mlp_inner(self, states: Tensor, running: dict[str, Tensor]) -> Tensor:
-        return self.forward.mlp_inner(self.forward.norm(states, running[llama.MLP_NORM]), running)
 
     # Everything after the last layer, and tensors the model does not use.
 
@@ -296,11 +326,14 @@ class Run:
             piece.exact(llama.HEAD, base, tuned)
             return
         norm = self.models.finetuned.read(llama.FINAL_NORM).float().to(self.device)
-        hessian = HessianSum(self.shape.hidden, self.device)
+        sums = HessianSum(self.shape.hidden, self.device)
         with self.hidden_file(int(self.workspace.get("hidden", 0)), keep=True) as hidden:
             for batch in self.batches:
-                hessian.add(self.forward.norm(hidden.read(batch, self.device), norm), batch)
-        factor = Factor(hessian.value(), self.settings.damping)
+                states = hidden.read(batch, self.device)
+                sums.add(batch, [self.forward.norm(rows, norm) for rows in states])
+        factor = Factor(sums.value(), self.settings.damping)
         spec = Spec(type_, self.settings.embedding_group_size)
-        delta = (tuned.float() - base.float()).to(self.device)
+        wanted = tuned.float().to(self.device)
+        lacking = factor.weights_for(sums.missing_output(wanted))
+        delta = wanted - base.float().to(self.device) + self.settings.correction * lacking
         piece.matrix(llama.HEAD, solve(delta, factor, spec))

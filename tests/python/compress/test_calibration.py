@@ -56,6 +56,10 @@ def test_text_is_cut_into_windows_and_conversations_are_cut_short(
         tokenizer, talk, num_samples=9, max_length=40, seed=0
     )
     assert list(map(len, sequences)) == [40] * 9
+    sequences = calibration.calibration_sequences(
+        tokenizer, talk, num_samples=9, max_length=40, seed=0, max_tokens=281
+    )
+    assert list(map(len, sequences)) == [40] * 8
 
 
 def test_the_seed_chooses(tmp_path: Path, pair: tuple[Path, Path], samples: Path) -> None:

@@ -90,9 +90,14 @@ def test_a_shared_prefix_counts_as_often_as_it_is_seen() -> None:
     index = batch.padded_index(torch.device("cpu"))
     tokens = rows[index[index >= 0]]
     assert tokens.shape[0] == 5 + 6 + 9
-    total = activations.HessianSum(8, torch.device("cpu"))
-    total.add(rows, batch)
-    torch.testing.assert_close(total.value(), 2.0 / 20 * tokens.mT @ tokens)
+    drift, missing = (torch.randn(batch.num_rows, n, generator=generator) for n in (8, 3))
+    sums = activations.HessianSum(8, torch.device("cpu"), residual_width=3)
+    residual = torch.randn(batch.num_rows, 3, generator=generator)
+    sums.add(batch, (rows, rows + drift), (residual, residual + missing))
+    torch.testing.assert_close(sums.value(), 2.0 / 20 * tokens.mT @ tokens)
+    weight = torch.randn(3, 8, generator=generator)
+    lacking = (drift @ weight.mT + missing)[index[index >= 0]]
+    torch.testing.assert_close(sums.missing_output(weight), 2.0 / 20 * lacking.mT @ tokens)
 
 
 def test_batches_hold_every_sequence_once_and_stay_small() -> None:
@@ -134,6 +139,29 @@ def test_a_delta_brings_the_base_to_its_fine_tune(
         )
     limit = {"int4": 0.08, "int2": 0.15, "ternary": 0.25}[format_]
     assert (ours - theirs).square().sum() < limit * (nothing - theirs).square().sum()
+
+
+def test_later_layers_make_up_for_earlier_errors(
+    tmp_path: Path, pair: tuple[Path, Path], samples: Path
+) -> None:
+    """Of the fine-tune's last hidden states, with every linear in ternary."""
+    tokenizer = calibration.load_tokenizer(pair[1])
+    encoded = [calibration.encode(tokenizer, s).ids for s in calibration.load_samples(samples)]
+    tuned = load(pair[1], torch.float32).model
+    lost = []
+    for correction in (0.0, 1.0):
+        settings = Settings(format="ternary", group_size=32, num_samples=40, correction=correction)
+        out = tmp_path / f"correction {correction}"
+        compress(pair, out, samples, settings=settings)
+        export(pair[0], out, out / "whole", dtype="fp32")
+        ours = load(out / "whole", torch.float32).model
+        with torch.inference_mode():
+            errors = [
+                (ours(ids).last_hidden_state - tuned(ids).last_hidden_state).square().sum()
+                for ids in (torch.tensor([ids]) for ids in encoded)
+            ]
+        lost.append(float(sum(errors)))
+    assert lost[1] < 0.9 * lost[0]
 
 
 def test_export_is_base_plus_delta(tmp_path: Path, pair: tuple[Path, Path], samples: Path) -> None:
@@ -324,6 +352,7 @@ def test_settings_are_checked() -> None:
         ({"group_size": 50}, "multiple of 32, got 50"),
         ({"embedding_format": "ternary"}, "one of int4, int8, exact"),
         ({"damping": 0.0}, "damping must be in"),
+        ({"correction": 1.5}, r"correction must be in \[0, 1\], got 1.5"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
