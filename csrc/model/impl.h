@@ -27,7 +27,7 @@ struct Model::Impl {
   // The ops of a step, always in the same order for batches of equal shape.
   void run_decoder(const Batch& batch, std::span<const std::int32_t> angle_rows,
                    const KvCache& cache, Stream& stream);
-  void make_logits(const Batch& batch, TensorView residual, TensorView block, Stream& stream);
+  void make_logits(TensorView residual, ConstTensorView block, Stream& stream);
   std::int32_t generation_of(const KvCache& cache);
 
   Backend& backend;

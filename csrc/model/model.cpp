@@ -41,8 +41,8 @@ void check_sizes(const ModelSizes& sizes) {
 
 struct Model::Impl::Scratch {
   Activations full;
-  TensorView last_residual, last_block, last_normed, logits;  // [logit_rows, ...]
-  std::span<std::int32_t> sampled;                            // [logit_rows]
+  TensorView last_residual, last_normed, logits;  // [logit_rows, ...]
+  std::span<std::int32_t> sampled;                // [logit_rows]
   std::vector<Buffer> buffers;
   std::size_t num_bytes = 0;
 
@@ -70,7 +70,6 @@ struct Model::Impl::Scratch {
             make(rows, q_size), make(rows, 2 * inner),
             make(rows, inner)};
     last_residual = make(logit_rows, hidden);
-    last_block = make(logit_rows, hidden);
     last_normed = make(logit_rows, hidden);
     logits = make_of(DType::kFloat32, logit_rows, config.vocab_size);
     const TensorView tokens = make_of(DType::kInt32, logit_rows, 1);
@@ -82,6 +81,13 @@ struct Model::Impl::Scratch {
             first_rows(full.block, rows),    first_rows(full.qkv, rows),
             first_rows(full.attended, rows), first_rows(full.gate_up, rows),
             first_rows(full.inner, rows)};
+  }
+  // Fewer rows, whose residuals and attention are to be gathered here: qkv is read no more.
+  Activations last_of(std::int64_t rows) const {
+    Activations a = of(rows);
+    a.residual = first_rows(last_residual, rows);
+    a.attended = {full.qkv.data, full.qkv.dtype, {rows, full.attended.size(1)}};
+    return a;
   }
 };
 
@@ -161,7 +167,9 @@ std::int32_t Model::Impl::generation_of(const KvCache& cache) {
 void Model::Impl::run_decoder(const Batch& batch, std::span<const std::int32_t> angle_rows,
                               const KvCache& cache, Stream& stream) {
   const auto num_rows = static_cast<std::int64_t>(batch.tokens.size());
-  const Activations a = scratch->of(num_rows);
+  const auto num_logit_rows = static_cast<std::int64_t>(batch.logit_rows.size());
+  Activations a = scratch->of(num_rows);
+  const RowPlan* rows = &plan.rows();
   const float scale = 1.0F / std::sqrt(static_cast<float>(config.head_dim));
   Ops& ops = backend.ops();
 
@@ -171,55 +179,55 @@ void Model::Impl::run_decoder(const Batch& batch, std::span<const std::int32_t> 
   for (std::int32_t i = 0; i < config.num_layers; ++i) {
     const BaseLayer& layer = weights.layers[static_cast<std::size_t>(i)];
     const KvLayer& kv = cache.layer(i);
-    ops.rms_norm(a.normed, a.residual, added, plan.vectors(i, &VariantLayer::input_norm),
+    ops.rms_norm(a.normed, a.residual, added, rows->vectors(i, &VariantLayer::input_norm),
                  config.rms_norm_epsilon, stream);
-    ops.project(a.qkv, a.normed, layer.qkv, plan.tasks(i, Product::kQkv), stream);
+    ops.project(a.qkv, a.normed, layer.qkv, rows->tasks(i, Product::kQkv), stream);
     if (config.attention_bias) {
-      ops.bias_add(a.qkv, plan.vectors(i, &VariantLayer::qkv_bias), stream);
+      ops.bias_add(a.qkv, rows->vectors(i, &VariantLayer::qkv_bias), stream);
     }
     ops.rope_append(a.qkv, rope.angles(), angle_rows, batch.cache_slots, kv, config.num_heads,
                     stream);
-    // Nobody reads what the last layer makes of these rows, only their keys and values.
-    if (i + 1 == config.num_layers && batch.logit_rows.empty()) break;
+    // Of rows without logits nobody reads what the last layer makes, only their keys and values.
+    const bool is_last = i + 1 == config.num_layers;
+    if (is_last && num_logit_rows == 0) return;
     ops.paged_attention(a.attended, a.qkv, kv, batch.sequences, config.num_heads, scale, stream);
-    ops.project(a.block, a.attended, layer.o, plan.tasks(i, Product::kO), stream);
+    if (is_last && num_logit_rows < num_rows) {
+      const Activations few = scratch->last_of(num_logit_rows);
+      ops.gather_rows(few.residual, a.residual, batch.logit_rows, stream);
+      ops.gather_rows(few.attended, a.attended, batch.logit_rows, stream);
+      a = few;
+      rows = &plan.logit_rows();
+    }
+    ops.project(a.block, a.attended, layer.o, rows->tasks(i, Product::kO), stream);
     if (config.attention_bias) {
-      ops.bias_add(a.block, plan.vectors(i, &VariantLayer::o_bias), stream);
+      ops.bias_add(a.block, rows->vectors(i, &VariantLayer::o_bias), stream);
     }
 
-    ops.rms_norm(a.normed, a.residual, a.block, plan.vectors(i, &VariantLayer::post_attention_norm),
-                 config.rms_norm_epsilon, stream);
-    ops.project(a.gate_up, a.normed, layer.gate_up, plan.tasks(i, Product::kGateUp), stream);
+    ops.rms_norm(a.normed, a.residual, a.block,
+                 rows->vectors(i, &VariantLayer::post_attention_norm), config.rms_norm_epsilon,
+                 stream);
+    ops.project(a.gate_up, a.normed, layer.gate_up, rows->tasks(i, Product::kGateUp), stream);
     if (config.mlp_bias) {
-      ops.bias_add(a.gate_up, plan.vectors(i, &VariantLayer::gate_up_bias), stream);
+      ops.bias_add(a.gate_up, rows->vectors(i, &VariantLayer::gate_up_bias), stream);
     }
     ops.silu_mul(a.inner, a.gate_up, stream);
-    ops.project(a.block, a.inner, layer.down, plan.tasks(i, Product::kDown), stream);
+    ops.project(a.block, a.inner, layer.down, rows->tasks(i, Product::kDown), stream);
     if (config.mlp_bias) {
-      ops.bias_add(a.block, plan.vectors(i, &VariantLayer::down_bias), stream);
+      ops.bias_add(a.block, rows->vectors(i, &VariantLayer::down_bias), stream);
     }
     added = a.block;
   }
-  make_logits(batch, a.residual, a.block, stream);
+  make_logits(a.residual, a.block, stream);
 }
 
-void Model::Impl::make_logits(const Batch& batch, TensorView residual, TensorView block,
-                              Stream& stream) {
-  const auto num_rows = static_cast<std::int64_t>(batch.logit_rows.size());
-  if (num_rows == 0) return;
-  Ops& ops = backend.ops();
-  if (num_rows < residual.size(0)) {
-    const TensorView gathered_residual = first_rows(scratch->last_residual, num_rows);
-    const TensorView gathered_block = first_rows(scratch->last_block, num_rows);
-    ops.gather_rows(gathered_residual, residual, batch.logit_rows, stream);
-    ops.gather_rows(gathered_block, block, batch.logit_rows, stream);
-    residual = gathered_residual;
-    block = gathered_block;
-  }
+// [logit_rows, hidden] each.
+void Model::Impl::make_logits(TensorView residual, ConstTensorView block, Stream& stream) {
+  const std::int64_t num_rows = residual.size(0);
   const TensorView normed = first_rows(scratch->last_normed, num_rows);
-  ops.rms_norm(normed, residual, block, plan.final_norms(), config.rms_norm_epsilon, stream);
-  ops.project(first_rows(scratch->logits, num_rows), normed, weights.lm_head, plan.lm_head_tasks(),
-              stream);
+  backend.ops().rms_norm(normed, residual, block, plan.final_norms(), config.rms_norm_epsilon,
+                         stream);
+  backend.ops().project(first_rows(scratch->logits, num_rows), normed, weights.lm_head,
+                        plan.lm_head_tasks(), stream);
 }
 
 Model::Model(Backend& backend, const Checkpoint& checkpoint, const ModelConfig& config,

@@ -5,6 +5,25 @@
 #include "deltazip/base/error.h"
 
 namespace deltazip {
+namespace {
+
+void add_task(std::vector<SbmmTask>& tasks, const DeltaMatrix& delta, const Segment& segment,
+              std::int64_t out_offset) {
+  if (delta.data == nullptr) return;
+  tasks.push_back({delta, segment.first_row, segment.num_rows, out_offset});
+}
+
+// To `task_capacity` tasks for each matrix, from `first` on.
+void fill_up(std::vector<SbmmTask>& tasks, std::size_t first, std::size_t num_matrices,
+             std::int32_t task_capacity) {
+  if (task_capacity == StepPlan::kAsNeeded) return;
+  const std::size_t end = first + num_matrices * static_cast<std::size_t>(task_capacity);
+  DZ_INTERNAL(tasks.size() <= end, "a padded step has ", task_capacity, " tasks for each matrix, ",
+              tasks.size() - first, " are needed for ", num_matrices);
+  tasks.resize(end);
+}
+
+}  // namespace
 
 void Batch::clear() {
   tokens.clear();
@@ -16,25 +35,94 @@ void Batch::clear() {
   logit_rows.clear();
 }
 
-StepPlan::StepPlan(const ModelConfig& config, std::int32_t max_rows, std::int32_t max_logit_rows)
-    : config_(config), kinds_{&VariantLayer::input_norm, &VariantLayer::post_attention_norm} {
+RowPlan::RowPlan(const ModelConfig& config, std::int32_t first_layer, std::int32_t max_rows)
+    : config_(config),
+      first_layer_(first_layer),
+      kinds_{&VariantLayer::input_norm, &VariantLayer::post_attention_norm} {
   if (config.attention_bias) {
     kinds_.insert(kinds_.end(), {&VariantLayer::qkv_bias, &VariantLayer::o_bias});
   }
   if (config.mlp_bias) {
     kinds_.insert(kinds_.end(), {&VariantLayer::gate_up_bias, &VariantLayer::down_bias});
   }
-  const auto rows = static_cast<std::size_t>(max_rows);
-  vectors_.reserve(static_cast<std::size_t>(config.num_layers) * kinds_.size() * rows);
-  embeddings_.reserve(rows);
+  const auto num_layers = static_cast<std::size_t>(config.num_layers - first_layer);
+  vectors_.reserve(num_layers * kinds_.size() * static_cast<std::size_t>(max_rows));
+  task_ends_.reserve(num_layers * kNumProducts);
+}
+
+void RowPlan::build(std::span<const Segment> segments, std::int32_t task_capacity) {
+  add_vectors(segments);
+  add_tasks(segments, task_capacity);
+}
+
+void RowPlan::add_vectors(std::span<const Segment> segments) {
+  num_rows_ = 0;
+  for (const Segment& segment : segments) num_rows_ += static_cast<std::size_t>(segment.num_rows);
+  vectors_.clear();
+  for (std::int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
+    for (const LayerVector kind : kinds_) {
+      for (const Segment& segment : segments) {
+        vectors_.insert(vectors_.end(), static_cast<std::size_t>(segment.num_rows),
+                        segment.variant->layers[static_cast<std::size_t>(layer)].*kind);
+      }
+    }
+  }
+}
+
+void RowPlan::add_tasks(std::span<const Segment> segments, std::int32_t task_capacity) {
+  const std::int64_t q_size = std::int64_t{config_.num_heads} * config_.head_dim;
+  const std::int64_t kv_size = std::int64_t{config_.num_kv_heads} * config_.head_dim;
+  struct Part {
+    DeltaMatrix VariantLayer::* delta;
+    std::int64_t out_offset;
+  };
+  const std::array<std::vector<Part>, kNumProducts> products = {{
+      {{&VariantLayer::q, 0}, {&VariantLayer::k, q_size}, {&VariantLayer::v, q_size + kv_size}},
+      {{&VariantLayer::o, 0}},
+      {{&VariantLayer::gate, 0}, {&VariantLayer::up, config_.intermediate_size}},
+      {{&VariantLayer::down, 0}},
+  }};
+  tasks_.clear();
+  task_ends_.clear();
+  for (std::int32_t layer = first_layer_; layer < config_.num_layers; ++layer) {
+    for (const std::vector<Part>& parts : products) {
+      const std::size_t first = tasks_.size();
+      // By rows, then by columns: so Ops sees at a glance that none overlap.
+      for (const Segment& segment : segments) {
+        const VariantLayer& variant = segment.variant->layers[static_cast<std::size_t>(layer)];
+        for (const Part& part : parts) {
+          add_task(tasks_, variant.*part.delta, segment, part.out_offset);
+        }
+      }
+      fill_up(tasks_, first, parts.size(), task_capacity);
+      task_ends_.push_back(tasks_.size());
+    }
+  }
+}
+
+std::span<const float* const> RowPlan::vectors(std::int32_t layer, LayerVector which) const {
+  const auto kind = static_cast<std::size_t>(std::ranges::find(kinds_, which) - kinds_.begin());
+  const auto place = static_cast<std::size_t>(layer - first_layer_) * kinds_.size() + kind;
+  return {vectors_.data() + place * num_rows_, num_rows_};
+}
+
+std::span<const SbmmTask> RowPlan::tasks(std::int32_t layer, Product product) const {
+  const std::size_t at = static_cast<std::size_t>(layer - first_layer_) * kNumProducts +
+                         static_cast<std::size_t>(product);
+  const std::size_t begin = at == 0 ? 0 : task_ends_[at - 1];
+  return {tasks_.data() + begin, task_ends_[at] - begin};
+}
+
+StepPlan::StepPlan(const ModelConfig& config, std::int32_t max_rows, std::int32_t max_logit_rows)
+    : rows_(config, 0, max_rows), logit_rows_(config, config.num_layers - 1, max_logit_rows) {
+  embeddings_.reserve(static_cast<std::size_t>(max_rows));
   final_norms_.reserve(static_cast<std::size_t>(max_logit_rows));
-  task_ends_.reserve(static_cast<std::size_t>(config.num_layers) * kNumProducts);
 }
 
 void StepPlan::build(const Batch& batch, std::int32_t task_capacity) {
   if (!is_built_for(batch, task_capacity)) {
-    add_vectors(batch);
-    add_tasks(batch);
+    rows_.build(batch.segments, task_capacity);
+    add_embeddings(batch);
   }
   add_logit_rows(batch);
 }
@@ -46,7 +134,6 @@ bool StepPlan::is_built_for(const Batch& batch, std::int32_t task_capacity) {
   if (task_capacity == task_capacity_ && std::ranges::equal(built_, batch.segments, same)) {
     return true;
   }
-  num_rows_ = batch.tokens.size();
   task_capacity_ = task_capacity;
   built_.clear();
   for (const Segment& segment : batch.segments) {
@@ -84,17 +171,8 @@ void StepPlan::check(const Batch& batch, std::int32_t max_rows, std::int32_t max
   }
 }
 
-void StepPlan::add_vectors(const Batch& batch) {
-  vectors_.clear();
+void StepPlan::add_embeddings(const Batch& batch) {
   embeddings_.clear();
-  for (std::size_t layer = 0; layer < static_cast<std::size_t>(config_.num_layers); ++layer) {
-    for (const LayerVector kind : kinds_) {
-      for (const Segment& segment : batch.segments) {
-        vectors_.insert(vectors_.end(), static_cast<std::size_t>(segment.num_rows),
-                        segment.variant->layers[layer].*kind);
-      }
-    }
-  }
   for (const Segment& segment : batch.segments) {
     const DeltaMatrix& delta = segment.variant->embedding;
     embeddings_.insert(embeddings_.end(), static_cast<std::size_t>(segment.num_rows),
@@ -102,38 +180,8 @@ void StepPlan::add_vectors(const Batch& batch) {
   }
 }
 
-void StepPlan::add_tasks(const Batch& batch) {
-  const std::int64_t q_size = std::int64_t{config_.num_heads} * config_.head_dim;
-  const std::int64_t kv_size = std::int64_t{config_.num_kv_heads} * config_.head_dim;
-  struct Part {
-    DeltaMatrix VariantLayer::* delta;
-    std::int64_t out_offset;
-  };
-  const std::array<std::vector<Part>, kNumProducts> products = {{
-      {{&VariantLayer::q, 0}, {&VariantLayer::k, q_size}, {&VariantLayer::v, q_size + kv_size}},
-      {{&VariantLayer::o, 0}},
-      {{&VariantLayer::gate, 0}, {&VariantLayer::up, config_.intermediate_size}},
-      {{&VariantLayer::down, 0}},
-  }};
-  tasks_.clear();
-  task_ends_.clear();
-  for (std::size_t layer = 0; layer < static_cast<std::size_t>(config_.num_layers); ++layer) {
-    for (const std::vector<Part>& parts : products) {
-      const std::size_t first = tasks_.size();
-      // By rows, then by columns: so Ops sees at a glance that none overlap.
-      for (const Segment& segment : batch.segments) {
-        for (const Part& part : parts) {
-          add_task(tasks_, segment.variant->layers[layer].*part.delta, segment.first_row,
-                   segment.num_rows, part.out_offset);
-        }
-      }
-      fill_up(tasks_, first, parts.size());
-      task_ends_.push_back(tasks_.size());
-    }
-  }
-}
-
 void StepPlan::add_logit_rows(const Batch& batch) {
+  logit_segments_.clear();
   final_norms_.clear();
   lm_head_tasks_.clear();
   std::size_t next = 0;
@@ -145,38 +193,14 @@ void StepPlan::add_logit_rows(const Batch& batch) {
       ++next;
     }
     if (next == first) continue;
-    add_task(lm_head_tasks_, segment.variant->lm_head, static_cast<std::int32_t>(first),
-             static_cast<std::int32_t>(next - first), 0);
+    logit_segments_.push_back({segment.variant, static_cast<std::int32_t>(first),
+                               static_cast<std::int32_t>(next - first)});
+    add_task(lm_head_tasks_, segment.variant->lm_head, logit_segments_.back(), 0);
   }
-  fill_up(lm_head_tasks_, 0, 1);
-}
-
-void StepPlan::add_task(std::vector<SbmmTask>& tasks, const DeltaMatrix& delta,
-                        std::int32_t first_row, std::int32_t num_rows,
-                        std::int64_t out_offset) const {
-  if (delta.data != nullptr) tasks.push_back({delta, first_row, num_rows, out_offset});
-}
-
-void StepPlan::fill_up(std::vector<SbmmTask>& tasks, std::size_t first,
-                       std::size_t num_matrices) const {
-  if (task_capacity_ == kAsNeeded) return;
-  const std::size_t end = first + num_matrices * static_cast<std::size_t>(task_capacity_);
-  DZ_INTERNAL(tasks.size() <= end, "a padded step has ", task_capacity_, " tasks for each matrix, ",
-              tasks.size() - first, " are needed for ", num_matrices);
-  tasks.resize(end);
-}
-
-std::span<const float* const> StepPlan::vectors(std::int32_t layer, LayerVector which) const {
-  const auto kind = static_cast<std::size_t>(std::ranges::find(kinds_, which) - kinds_.begin());
-  const std::size_t at = (static_cast<std::size_t>(layer) * kinds_.size() + kind) * num_rows_;
-  return {vectors_.data() + at, num_rows_};
-}
-
-std::span<const SbmmTask> StepPlan::tasks(std::int32_t layer, Product product) const {
-  const std::size_t at =
-      static_cast<std::size_t>(layer) * kNumProducts + static_cast<std::size_t>(product);
-  const std::size_t begin = at == 0 ? 0 : task_ends_[at - 1];
-  return {tasks_.data() + begin, task_ends_[at] - begin};
+  fill_up(lm_head_tasks_, 0, 1, task_capacity_);
+  if (batch.logit_rows.size() < batch.tokens.size()) {
+    logit_rows_.build(logit_segments_, task_capacity_);
+  }
 }
 
 }  // namespace deltazip

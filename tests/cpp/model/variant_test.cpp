@@ -130,6 +130,27 @@ TEST(Variant, AMixedBatchIsBitwiseEachAlone) {
   for (std::size_t i = 0; i < 6; ++i) EXPECT_EQ(mixed[i], alone[i]) << "sequence " << i;
 }
 
+// In the last layer only rows with logits go on: their deltas, norms and biases are found anew.
+TEST(Variant, LogitsOfSomeRowsAreThoseOfAll) {
+  Served served(R"({"attention_bias": true, "mlp_bias": true})");
+  Harness& harness = *served.harness;
+  const DeviceDelta loaded[] = {served.load(change_everything(served.model, 3)),
+                                served.load(change_everything(served.model, 5))};
+  const auto first = harness.model().bind(loaded[0]), second = harness.model().bind(loaded[1]);
+  const VariantWeights* variants[] = {nullptr, first.get(), first.get(), second.get()};
+  std::vector<Harness::Chunk> whole, last;
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    const Tokens tokens = random_tokens(i == 1 ? 1 : 4 + i, 30 + i);
+    whole.push_back({harness.add_sequence(variants[i]), tokens});
+    last.push_back({harness.add_sequence(variants[i]), tokens});
+  }
+  const auto all = harness.step(whole), some = harness.step(last, true);
+  const auto vocab = static_cast<std::ptrdiff_t>(served.model.config.vocab_size);
+  for (std::size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(some[i], std::vector<float>(all[i].end() - vocab, all[i].end())) << "sequence " << i;
+  }
+}
+
 TEST(Variant, BindRefusesPartsOfAnotherKindOrShape) {
   Served served("{}");
   Model& model = served.harness->model();
