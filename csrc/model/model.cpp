@@ -112,7 +112,8 @@ ConstTensorView Model::Impl::forward(const Batch& batch, KvCache& cache, Stream&
   const std::int32_t num_padded = is_decode(batch) ? backend.padded_rows(num_rows) : 0;
   if (num_padded == 0) {
     plan.build(batch);
-    run_decoder(batch, rope.rows(batch.positions, batch.rope_lengths, stream), cache, stream);
+    const auto angle_rows = rope.rows(batch.positions, batch.rope_lengths, stream);
+    backend.run_once(stream, [&] { run_decoder(batch, angle_rows, cache, stream); });
   } else {
     pad_decode(batch, num_padded, &weights.variant, padded);
     run_padded(padded_task_capacity(batch, &weights.variant), cache, stream);

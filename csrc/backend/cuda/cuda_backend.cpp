@@ -303,6 +303,10 @@ class CudaBackend final : public Backend {
     use_device(info_.device);
     graphs_.run(key, to_cuda(stream), body);
   }
+  void run_once(Stream& stream, const std::function<void()>& body) override {
+    use_device(info_.device);
+    ops_.args().run_gathered(to_cuda(stream), body);
+  }
   // 1, 2, 4, 8, then steps of 8, 16 and 32: a bucket costs a graph, padding costs at most a
   // quarter.
   std::int32_t padded_rows(std::int32_t num_rows) const override {

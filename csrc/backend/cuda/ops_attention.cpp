@@ -141,10 +141,14 @@ void CudaOps::run(const PagedAttentionParams& params, Stream& stream) {
   if (state.prepared.emplace(params.dtype, cache.head_dim).second) {
     prepare_paged_attention(params.dtype, cache.head_dim);
   }
+  // What a recorded step launches may not depend on its sequences.
+  const AttentionPlanHeader& header = state.plan.header();
+  const bool has_decode = args_.is_recorded() || header.num_decode > 0;
+  const bool has_prefill = args_.is_recorded() ? may_prefill(shape) : header.num_prefill > 0;
   launch_paged_attention({params.qkv, params.out, cache.keys, cache.values, plan,
                           scratch.partial_sums(), scratch.partial_softmax(), scratch.counters(),
                           params.num_heads, cache.num_kv_heads, cache.block_size, params.scale},
-                         {params.dtype, cache.head_dim, info_.num_sms, may_prefill(shape)},
+                         {params.dtype, cache.head_dim, info_.num_sms, has_prefill, has_decode},
                          cuda_stream.get());
 }
 

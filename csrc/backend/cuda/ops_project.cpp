@@ -57,11 +57,10 @@ struct CudaOps::ProjectState {
         base(info.num_sms, info.compute_capability,
              {static_cast<const std::byte*>(merged.data()), merged.num_bytes()}) {}
 
-  // A recorded step's plans live side by side, since StepArgs knows an array by its address.
+  // A step's plans live side by side, since StepArgs knows an array by its address.
   SbmmPlan& next_plan(const StepArgs& args) {
-    if (args.mode() == StepMode::kEager) return eager_plan;
-    if (args.step() != step) {
-      step = args.step();
+    if (args.pass() != pass) {
+      pass = args.pass();
       num_plans = 0;
     }
     if (num_plans == plans.size()) plans.push_back(std::make_unique<SbmmPlan>());
@@ -74,10 +73,9 @@ struct CudaOps::ProjectState {
 
   DeviceMemory merged;
   BaseProduct base;
-  SbmmPlan eager_plan;
   std::vector<std::unique_ptr<SbmmPlan>> plans;
   std::size_t num_plans = 0;
-  std::int64_t step = -1;
+  std::int64_t pass = -1;
 };
 
 void CudaOps::ProjectState::multiply_merged(const LinearParams& rows,
@@ -134,7 +132,7 @@ void CudaOps::run(const LinearParams& params, Stream& stream) {
   project_->base.run(
       {params.x, params.weight.data, params.y, params.num_rows, params.weight.columns,
        params.weight.rows, params.weight.rows, params.dtype, params.y_dtype},
-      args_.mode() == StepMode::kEager, to_cuda(stream).get());
+      !args_.is_recorded(), to_cuda(stream).get());
 }
 
 void CudaOps::run(const SbmmParams& params, Stream& stream) {
@@ -159,7 +157,7 @@ void CudaOps::run(const ProjectParams& params, Stream& stream) {
   const std::span<const SbmmTask> tasks{params.deltas.tasks,
                                         static_cast<std::size_t>(params.deltas.num_tasks)};
   // What a recorded step launches may not depend on whose rows they are.
-  const bool merges = args_.mode() == StepMode::kEager && std::ranges::any_of(tasks, is_mergeable);
+  const bool merges = !args_.is_recorded() && std::ranges::any_of(tasks, is_mergeable);
   if (!merges) {
     run(params.base, stream);
     if (!tasks.empty()) run(params.deltas, stream);
@@ -170,6 +168,7 @@ void CudaOps::run(const ProjectParams& params, Stream& stream) {
     run(rows_of(params.base, rows.first, rows.count), stream);
   }
   for (const MergePlan::Segment& segment : plan.merged) {
+    if (!args_.launching()) break;
     project_->multiply_merged(rows_of(params.base, segment.first_row, segment.num_rows),
                               segment.tasks, to_cuda(stream).get());
   }

@@ -92,6 +92,7 @@ void StepArgs::begin(StepMode mode) {
   DZ_INTERNAL(mode_ == StepMode::kEager && mode != StepMode::kEager, "steps do not nest");
   mode_ = mode;
   ++step_;
+  ++pass_;
   graph_->turn();
   tail_->turn();
 }
@@ -106,6 +107,7 @@ std::size_t StepArgs::num_bytes() const { return graph_->used; }
 void StepArgs::forget(std::int64_t mark) {
   if (mark != mark_) return;
   ++step_;
+  ++pass_;
   will_forget_ = false;
   eager_->restart();
 }
@@ -114,37 +116,62 @@ void StepArgs::begin_eager(CudaStream& stream) {
   if (stream.mark() == mark_) return;
   mark_ = stream.mark();
   ++step_;
+  ++pass_;
   will_forget_ = false;
   eager_->turn();
 }
 
+void StepArgs::run_gathered(CudaStream& stream, const std::function<void()>& body) {
+  DZ_INTERNAL(mode_ == StepMode::kEager, "steps do not nest");
+  begin_eager(stream);
+  ++pass_;
+  mode_ = StepMode::kGather;
+  try {
+    body();
+  } catch (...) {
+    mode_ = StepMode::kEager;
+    throw;
+  }
+  mode_ = StepMode::kEager;
+  ++pass_;
+  upload_eager(stream);
+  body();
+}
+
 const void* StepArgs::put_bytes(const void* host, std::size_t num_bytes, CudaStream& stream) {
-  const bool is_eager = mode_ == StepMode::kEager;
-  if (is_eager) begin_eager(stream);
-  return place(is_eager ? *eager_ : *graph_, host, num_bytes, stream, is_eager);
+  if (is_recorded()) return place(*graph_, host, num_bytes, stream);
+  begin_eager(stream);
+  return place(*eager_, host, num_bytes, stream);
 }
 
 const void* StepArgs::put_tail_bytes(const void* host, std::size_t num_bytes, CudaStream& stream) {
-  if (mode_ == StepMode::kEager) return put_bytes(host, num_bytes, stream);
-  const void* at = place(*tail_, host, num_bytes, stream, false);
+  if (!is_recorded()) return put_bytes(host, num_bytes, stream);
+  const void* at = place(*tail_, host, num_bytes, stream);
   DZ_INTERNAL(at == tail_->device, "a step has one tail");
   return at;
 }
 
+void StepArgs::upload_eager(CudaStream& stream) {
+  eager_->upload(stream.get());
+  if (!will_forget_) stream.when_passed([this, mark = mark_] { forget(mark); });
+  will_forget_ = true;
+}
+
 const void* StepArgs::place(Arena& arena, const void* host, std::size_t num_bytes,
-                            CudaStream& stream, bool copies_now) {
+                            CudaStream& stream) {
   const auto found = arena.places.find({host, num_bytes});
   if (found != arena.places.end()) {
     const bool is_same = std::memcmp(arena.host() + found->second, host, num_bytes) == 0;
     if (is_same) return arena.device + found->second;
-    DZ_INTERNAL(copies_now, "a host array changed within a recorded step");
+    DZ_INTERNAL(!is_recorded(), "a host array changed within a recorded step");
     arena.places.erase(found);
   }
   DZ_INTERNAL(num_bytes <= kArenaBytes, "an op brings ", num_bytes, " bytes of arguments, at most ",
               kArenaBytes, " are expected");
   if (arena.used + num_bytes > kArenaBytes) {
-    DZ_INTERNAL(copies_now, "a recorded step brings more than ", kArenaBytes,
+    DZ_INTERNAL(!is_recorded(), "a recorded step brings more than ", kArenaBytes,
                 " bytes of arguments");
+    if (mode_ == StepMode::kGather) return nullptr;  // it will come once more, and be copied then
     DZ_CUDA(cudaStreamSynchronize(stream.get()));
     eager_->restart();
   }
@@ -153,11 +180,7 @@ const void* StepArgs::place(Arena& arena, const void* host, std::size_t num_byte
   arena.used += (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
   arena.used = std::min(arena.used, kArenaBytes);
   arena.places.emplace(Arena::Key{host, num_bytes}, offset);
-  if (copies_now) {
-    arena.upload(stream.get());
-    if (!will_forget_) stream.when_passed([this, mark = mark_] { forget(mark); });
-    will_forget_ = true;
-  }
+  if (mode_ == StepMode::kEager) upload_eager(stream);
   return arena.device + offset;
 }
 

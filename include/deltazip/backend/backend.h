@@ -112,6 +112,10 @@ class Backend {
                         const std::function<void()>& body) {
     body();
   }
+  // As run_step, for a step whose shape need not come again. A device may call `body` twice, first
+  // to take over the host arrays that its ops bring, all in one copy: both times it must give the
+  // same ops the same arrays.
+  virtual void run_once(Stream& /*stream*/, const std::function<void()>& body) { body(); }
   // How many rows to pad a decode step of `num_rows` to, so that few keys serve all batches.
   // 0: there is nothing to gain, do not pad and do not use run_step.
   virtual std::int32_t padded_rows(std::int32_t /*num_rows*/) const { return 0; }

@@ -258,6 +258,11 @@ class StepTest : public BackendTest {
     layer.launch(content, pauses);
     return layer.result();
   }
+  Result run_once(Layer& layer, const Content& content) {
+    layer.reset();
+    opened_.backend->run_once(*opened_.stream, [&] { layer.launch(content, false); });
+    return layer.result();
+  }
   OpenedBackend opened_{GetParam(), 2};
 };
 DZ_ON_EVERY_BACKEND(StepTest);
@@ -271,6 +276,7 @@ TEST_P(StepTest, OpsInARowGiveWhatTheyGiveOneByOne) {
       EXPECT_TRUE(is_finite(one_by_one.logits)) << num_rows << " rows";
       EXPECT_EQ(run_eagerly(layer, content, false), one_by_one) << num_rows << " rows";
       EXPECT_EQ(run_eagerly(layer, content, false), one_by_one) << num_rows << " rows, again";
+      EXPECT_EQ(run_once(layer, content), one_by_one) << num_rows << " rows, run once";
     }
   }
 }
@@ -313,7 +319,9 @@ TEST_P(StepTest, StepsBehindOneAnotherHaveTheirOwnContents) {
     layer.reset();
     for (std::size_t i = 0; i < kNumSteps; ++i) {
       const auto content = std::make_unique<Content>(contents[i]);
-      if ((static_cast<std::size_t>(round) + i) % 3 == 0) {  // as a prefill among decodes
+      if ((static_cast<std::size_t>(round) + i) % 4 == 0) {  // as a prefill among decodes
+        opened_.backend->run_once(*opened_.stream, [&] { layer.launch(*content, false); });
+      } else if ((static_cast<std::size_t>(round) + i) % 4 == 1) {
         layer.launch(*content, false);
       } else {
         opened_.backend->run_step({9, 9, 9, 9}, *opened_.stream,
@@ -341,6 +349,9 @@ TEST_P(StepTest, AFailedStepIsForgotten) {
         EXPECT_THROW(
             opened_.backend->run_step(key, *opened_.stream, [&] { layer.launch(wrong, false); }),
             InvalidArgument);
+        EXPECT_THROW(
+            opened_.backend->run_once(*opened_.stream, [&] { layer.launch(wrong, false); }),
+            InvalidArgument);
         opened_.stream->synchronize();
       }
       const Result expected = run_eagerly(layer, content, true);
@@ -348,6 +359,7 @@ TEST_P(StepTest, AFailedStepIsForgotten) {
       opened_.backend->run_step(key, *opened_.stream, [&] { layer.launch(content, false); });
       EXPECT_EQ(layer.result(), expected)
           << "round " << round << ", failed after " << num_before << " steps";
+      EXPECT_EQ(run_once(layer, content), expected) << "round " << round << ", run once";
     }
   }
 }

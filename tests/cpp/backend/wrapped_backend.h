@@ -170,6 +170,9 @@ class WrappedBackend : public Backend {
   void run_step(const StepKey& key, Stream& stream, const std::function<void()>& body) override {
     inner_->run_step(key, stream, body);
   }
+  void run_once(Stream& stream, const std::function<void()>& body) override {
+    inner_->run_once(stream, body);
+  }
   std::int32_t padded_rows(std::int32_t num_rows) const override {
     return inner_->padded_rows(num_rows);
   }

@@ -22,6 +22,7 @@ void launch_of(const PagedAttentionArgs& args, const PagedAttentionLaunch& how,
     launch(paged_attention_prefill<T, kHeadDim>,
            {num_sms * Prefill::kCtasPerSm, Prefill::kThreads, Prefill::kSharedBytes}, stream, args);
   }
+  if (!how.may_decode) return;
   launch(paged_attention_decode<T, kHeadDim>,
          {num_sms * Decode::kCtasPerSm, Decode::kThreads, Decode::kSharedBytes}, stream, args);
 }

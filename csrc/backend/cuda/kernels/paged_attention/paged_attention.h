@@ -28,6 +28,7 @@ struct PagedAttentionLaunch {
   std::int32_t head_dim;  // 64, 96, 128 or 256
   std::int32_t num_sms;
   bool may_prefill;  // the plan may hold prefill items
+  bool may_decode = true;
 };
 
 bool is_attention_head_dim(std::int32_t head_dim);
