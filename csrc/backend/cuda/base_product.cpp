@@ -48,7 +48,13 @@ StreamGemm BaseProduct::stream_params(const LtProduct& p) const {
           p.out_features,
           p.dtype,
           p.y_dtype,
-          num_sms_};
+          num_sms_,
+          is_wide_turn_ ? base_gemm::Form::kWide : base_gemm::Form::kDeep};
+}
+
+void BaseProduct::launch_stream(const LtProduct& product, cudaStream_t stream) {
+  launch_stream_gemm(stream_params(product), stream);
+  is_wide_turn_ = !is_wide_turn_;
 }
 
 bool BaseProduct::streams(const LtProduct& product) const {
@@ -84,8 +90,8 @@ bool BaseProduct::prefers_stream(const LtProduct& product, bool may_measure, cud
   if (lt_.run(product, LtChoice::kMeasure, stream)) {
     const float lt_ms = chain_ms(
         product, [&](const LtProduct& p) { lt_.run(p, LtChoice::kFirst, stream); }, stream);
-    const float stream_ms = chain_ms(
-        product, [&](const LtProduct& p) { launch_stream_gemm(stream_params(p), stream); }, stream);
+    const float stream_ms =
+        chain_ms(product, [&](const LtProduct& p) { launch_stream(p, stream); }, stream);
     prefers = stream_ms < kStreamBonus * lt_ms;
   }
   prefers_stream_.emplace(key, prefers);
@@ -94,7 +100,7 @@ bool BaseProduct::prefers_stream(const LtProduct& product, bool may_measure, cud
 
 void BaseProduct::run(const LtProduct& product, bool may_measure, cudaStream_t stream) {
   if (streams(product) && prefers_stream(product, may_measure, stream)) {
-    return launch_stream_gemm(stream_params(product), stream);
+    return launch_stream(product, stream);
   }
   if (lt_.run(product, may_measure ? LtChoice::kMeasure : LtChoice::kFirst, stream)) return;
   launch_plain_gemm({product.x, product.weight, product.y, product.num_tokens, product.in_features,

@@ -41,12 +41,14 @@ class BaseProduct {
   float chain_ms(const LtProduct& product, F&& launch, cudaStream_t stream) const;
   bool prefers_stream(const LtProduct& product, bool may_measure, cudaStream_t stream);
   StreamGemm stream_params(const LtProduct& product) const;
+  void launch_stream(const LtProduct& product, cudaStream_t stream);
 
   int num_sms_, compute_capability_;
   std::span<const std::byte> spare_;
   CublasLt lt_;
   DeviceMemory partials_, counters_;
   std::map<Key, bool> prefers_stream_;
+  bool is_wide_turn_ = false;  // the next streamed product's form
 };
 
 }  // namespace deltazip::cuda

@@ -166,15 +166,18 @@ void check_shape(Tally& tally, const Scratch& scratch, CublasLt& lt, Shape shape
       DZ_CUDA(cudaMemcpyAsync(few_x.get(), x.get(), 2 * static_cast<std::size_t>(tokens * shape.in),
                               cudaMemcpyDeviceToDevice, stream));
       const Output y(static_cast<std::size_t>(tokens * shape.out), y_dtype);
-      const StreamGemm params = stream_params(scratch, few_x.get(), weight.get(), y.data(), tokens,
-                                              shape, dtype, y_dtype);
+      StreamGemm params = stream_params(scratch, few_x.get(), weight.get(), y.data(), tokens, shape,
+                                        dtype, y_dtype);
       if (stream_gemm_takes(params)) {
         y.poison();
         launch_stream_gemm(params, stream);
         DZ_CUDA(cudaStreamSynchronize(stream));
         compare(tally, "stream", y, expected, shape, tokens, dtype);
         const std::vector<std::uint8_t> bytes = y.bytes();
-        for (int repetition = 0; repetition < 3; ++repetition) launch_stream_gemm(params, stream);
+        for (int repetition = 0; repetition < 3; ++repetition) {
+          params.form = repetition == 1 ? base_gemm::Form::kDeep : base_gemm::Form::kWide;
+          launch_stream_gemm(params, stream);
+        }
         DZ_CUDA(cudaStreamSynchronize(stream));
         if (bytes != y.bytes()) tally.fail("repeat", "stream", shape, tokens, dtype, y_dtype);
         // The first row's bits do not depend on how many rows come with it.
@@ -222,7 +225,7 @@ void check_chain(Tally& tally, const Scratch& scratch, std::int64_t tokens, cuda
           stream_params(scratch, x.get(2 * x_count * static_cast<std::size_t>(i)),
                         weights.get(weight_bytes * static_cast<std::size_t>(i % kWeights)),
                         x.get(2 * x_count * static_cast<std::size_t>(i + 1)), tokens, shape,
-                        DType::kFloat16, DType::kFloat16),
+                        DType::kFloat16, DType::kFloat16, form_of(static_cast<std::size_t>(i))),
           stream);
       if (waits) DZ_CUDA(cudaStreamSynchronize(stream));
     }

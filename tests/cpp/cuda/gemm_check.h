@@ -58,7 +58,8 @@ struct Shape {
 };
 
 inline StreamGemm stream_params(const Scratch& scratch, const void* x, const void* weight, void* y,
-                                std::int64_t num_tokens, Shape shape, DType dtype, DType y_dtype) {
+                                std::int64_t num_tokens, Shape shape, DType dtype, DType y_dtype,
+                                base_gemm::Form form = base_gemm::Form::kDeep) {
   return {x,
           weight,
           y,
@@ -69,7 +70,13 @@ inline StreamGemm stream_params(const Scratch& scratch, const void* x, const voi
           shape.out,
           dtype,
           y_dtype,
-          scratch.num_sms};
+          scratch.num_sms,
+          form};
+}
+
+// Products in a row take turns.
+inline base_gemm::Form form_of(std::size_t index) {
+  return index % 2 == 0 ? base_gemm::Form::kDeep : base_gemm::Form::kWide;
 }
 
 // Uniform 16-bit numbers of the given root mean square, the same for a seed everywhere.

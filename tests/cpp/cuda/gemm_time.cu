@@ -42,11 +42,12 @@ struct Bench {
   const Memory& weights;  // all of them, one after another
   const Memory& x;
   const Memory& y;
+  mutable std::size_t num_streamed = 0;
 
   void stream_once(std::size_t offset, Shape shape, std::int64_t tokens,
                    DType y_dtype = DType::kFloat16) const {
     launch_stream_gemm(stream_params(scratch, x.get(), weights.get(offset), y.get(), tokens, shape,
-                                     DType::kFloat16, y_dtype),
+                                     DType::kFloat16, y_dtype, form_of(num_streamed++)),
                        stream);
   }
   void lt_once(std::size_t offset, Shape shape, std::int64_t tokens, LtChoice choice,

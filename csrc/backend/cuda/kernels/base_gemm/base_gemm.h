@@ -21,6 +21,7 @@ struct StreamGemm {
   DType dtype;    // of x and weight: kFloat16 or kBFloat16
   DType y_dtype;  // dtype, or kFloat32
   int num_sms;
+  base_gemm::Form form;  // neighbours in a stream take turns
 };
 
 // At most kMaxTokens rows, in_features a multiple of 8 (16-byte rows, which tensor maps ask for).

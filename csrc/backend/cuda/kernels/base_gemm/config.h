@@ -11,9 +11,14 @@ inline constexpr int kBoxRowBytes = 128;
 // Weights of one stage. From 12 KB a stage on, one producer reaches the read stream's full rate.
 inline constexpr int kStageWeightBytes = 16 * 1024;
 
-// Two CTAs and a small kernel between them fit one SM (228 KB), so that the next product's weights
-// are on their way while this one ends; 48 KB in flight per SM are enough to saturate HBM3.
-inline constexpr int kRingBytes = 102 * 1024;
+// A product's CTA fits an SM (228 KB, 64 K registers) beside one of the next product, whose weights
+// are then on their way while this one ends, but never beside another of its own: SMs become free
+// unevenly (attention), and two on one SM would take twice as long as all others. So products take
+// two forms in turns: one asks for more than half of the shared memory, the other, by warps that
+// do nothing, for more than half of the registers. 48 KB in flight per SM saturate HBM3.
+enum class Form : std::uint8_t { kDeep, kWide };
+constexpr int ring_bytes(Form form) { return (form == Form::kDeep ? 115 : 102) * 1024; }
+constexpr int wide_threads(int tokens) { return tokens <= 16 ? 544 : tokens <= 32 ? 384 : 320; }
 
 // A share smaller than this costs more to add up than it saves to read.
 inline constexpr int kMinUnitsPerCta = 4;

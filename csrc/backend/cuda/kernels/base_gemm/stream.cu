@@ -44,9 +44,9 @@ CUtensorMap matrix_map(const void* data, std::int64_t rows, std::int64_t columns
   return map;
 }
 
-template <typename T, int kTokens>
-void launch_tokens(const StreamGemm& params, cudaStream_t stream) {
-  using Shape = StreamShape<kTokens>;
+template <typename T, int kTokens, Form kForm>
+void launch_form(const StreamGemm& params, cudaStream_t stream) {
+  using Shape = StreamShape<kTokens, kForm>;
   const auto kernel = stream_gemm<T, Shape>;
   allow_shared_memory(kernel, Shape::kSmemBytes);
   const Schedule schedule = make_schedule(params.out_features, params.in_features, params.num_sms);
@@ -61,6 +61,12 @@ void launch_tokens(const StreamGemm& params, cudaStream_t stream) {
       kernel, {schedule.num_ctas, Shape::kThreads, Shape::kSmemBytes}, stream,
       matrix_map(params.weight, params.out_features, params.in_features, kBlockRows, params.dtype),
       matrix_map(params.x, params.num_tokens, params.in_features, kTokens, params.dtype), args);
+}
+
+template <typename T, int kTokens>
+void launch_tokens(const StreamGemm& params, cudaStream_t stream) {
+  if (params.form == Form::kDeep) return launch_form<T, kTokens, Form::kDeep>(params, stream);
+  launch_form<T, kTokens, Form::kWide>(params, stream);
 }
 
 // Calls f with the smallest of the instantiated token counts that holds num_tokens.

@@ -27,19 +27,21 @@ struct StreamArgs {
 };
 
 // One stage: kBoxes boxes [kBlockRows, 64] of weights, then as many [kTokens, 64] of x.
-template <int kTokens_>
+template <int kTokens_, Form kForm>
 struct StreamShape {
   static constexpr int kTokens = kTokens_;
   static constexpr int kBoxes = kUnitColumns / kBoxColumns;
   static constexpr int kWarps = kBlockRows / kWarpRows;
   static constexpr int kConsumers = 32 * kWarps;
-  static constexpr int kThreads = kConsumers + 32;  // and a producer
+  static constexpr int kUsedThreads = kConsumers + 32;  // and a producer
+  static constexpr int kThreads = kForm == Form::kWide ? wide_threads(kTokens) : kUsedThreads;
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kXBoxBytes = kTokens * kBoxRowBytes;
   static constexpr int kStageBytes = kStageWeightBytes + kBoxes * kXBoxBytes;
-  static constexpr int kStages = kRingBytes / kStageBytes;
+  static constexpr int kStages = ring_bytes(kForm) / kStageBytes;
   // Swizzled boxes stand on multiples of 1024 bytes; dynamic shared memory promises only 16.
-  static constexpr int kSmemBytes = kStages * kStageBytes + 1024;
+  static constexpr int kSmemBytes =
+      (kForm == Form::kDeep ? ring_bytes(kForm) : kStages * kStageBytes) + 1024;
   static_assert(kStages >= 2 && kTokens % 8 == 0);
 };
 
@@ -276,7 +278,7 @@ __device__ __forceinline__ void consume(const StreamArgs& args, std::uint32_t ri
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     stream_gemm(const __grid_constant__ CUtensorMap weight_map,
                 const __grid_constant__ CUtensorMap x_map,
                 const __grid_constant__ StreamArgs args) {
@@ -305,6 +307,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   } else if (threadIdx.x == Shape::kConsumers) {
     produce<Shape>(&weight_map, &x_map, args, ring, full_address, empty_address, first, last);
   }
+  if constexpr (Shape::kThreads > Shape::kUsedThreads) __syncthreads();  // idle warps stay as long
 #endif
 }
 
