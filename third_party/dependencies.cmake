@@ -30,6 +30,21 @@ if(NOT OPENSSL_FOUND)
 endif()
 deltazip_require(OpenSSL "apt install libssl-dev (dnf install openssl-devel)")
 
+# libzstd: deltas packed for disk and network. Statically, as libcrypto.
+find_path(ZSTD_INCLUDE zstd.h)
+find_library(ZSTD_LIBRARY NAMES libzstd.a zstd)
+if(NOT ZSTD_INCLUDE OR NOT ZSTD_LIBRARY)
+  message(FATAL_ERROR "DeltaZip needs zstd. Install it with: apt install libzstd-dev "
+                      "(dnf install libzstd-devel)")
+endif()
+if(NOT ZSTD_LIBRARY MATCHES "\\.a$")
+  message(STATUS "libzstd.a not found: wheels will need the system's libzstd.so")
+endif()
+add_library(deltazip_zstd INTERFACE)
+add_library(deltazip::zstd ALIAS deltazip_zstd)
+target_include_directories(deltazip_zstd SYSTEM INTERFACE ${ZSTD_INCLUDE})
+target_link_libraries(deltazip_zstd INTERFACE ${ZSTD_LIBRARY})
+
 # nlohmann-json, header-only: from PyPI inside `pip install .`, else from the system.
 if(DELTAZIP_INTERPRETER)
   execute_process(

@@ -30,6 +30,7 @@ need python3-venv "$python" -c 'import ensurepip, venv'
 need python3-dev has_python_headers
 need g++ compiles concepts
 need libssl-dev compiles openssl/evp.h
+need libzstd-dev compiles zstd.h
 if [[ ${1:-} == test ]]; then
   need libgtest-dev compiles gtest/gtest.h
   need git command -v git

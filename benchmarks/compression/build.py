@@ -17,13 +17,13 @@ from baselines import Context, Method
 from deltazip.compress import calibration, llama
 from deltazip.compress.activations import HessianSum
 from deltazip.compress.checkpoint import Checkpoint
-from deltazip.compress.delta_file import Stored, dtype_name, tensor_bytes, write_safetensors
 from deltazip.compress.export import copy_companions
 from deltazip.compress.llama import LlamaShape
 from deltazip.compress.pack import DeltaType
 from deltazip.compress.plan import Settings, check_pair
 from deltazip.compress.scoring.candidates import SIZE_FILE, is_linear
 from deltazip.compress.solver import Spec, round_to_nearest
+from deltazip.compress.stored import Stored, dtype_name, tensor_bytes, write_safetensors
 from deltazip.compress.walk import Models, Run
 from deltazip.compress.workspace import Workspace
 from torch import Tensor

@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 from baselines import METHODS
-from build import Options, Pair, build
 from deltazip.compress.delta_file import DeltaFile
 from deltazip.compress.scoring.candidates import Candidate, Sizes, find_candidate
 from deltazip.compress.scoring.measure import Bench, How, Row
 from deltazip.compress.scoring.tasks import Task, load_task
+
+from build import Options, Pair, build
 
 EXACT_EMBEDDINGS = "+exact-embeddings"
 _INTERVALS = ("accuracy", "difference", "nll", "kl", "top1")

@@ -54,6 +54,9 @@ build() {
     "-DPython_EXECUTABLE=$("$python" -c 'import sys; print(sys.executable)')"
   )
   if ! has_header openssl/evp.h; then options+=("-DOPENSSL_ROOT_DIR=$kit/openssl"); fi
+  if ! has_header zstd.h; then
+    options+=("-DZSTD_INCLUDE=$kit/zstd/include" "-DZSTD_LIBRARY=$kit/zstd/lib/libzstd.a")
+  fi
   if ! has_header gtest/gtest.h; then
     cmake -S "$kit/googletest" -B "$host/gtest-build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
       -DCMAKE_INSTALL_PREFIX="$host/gtest" -DBUILD_GMOCK=OFF >/dev/null

@@ -20,18 +20,23 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
   { say "no $python: set GPU_PYTHON to an interpreter of the GPU host's version"; exit 1; }
 
 rm -rf "$kit"
-mkdir -p "$kit"/{wheels,openssl/include/openssl,openssl/lib}
+mkdir -p "$kit"/{wheels,openssl/include/openssl,openssl/lib,zstd/include,zstd/lib}
 say "wheels for Python $version"
 "$python" -m pip download -q --disable-pip-version-check --no-cache-dir --only-binary=:all: \
   --dest "$kit/wheels" $wheels
 
-say "OpenSSL and GoogleTest"
+say "OpenSSL, zstd and GoogleTest"
 headers=$(printf '#include <openssl/evp.h>\n#include <openssl/ssl.h>\n' | c++ -M -x c++ - |
   tr -d '\\' | tr ' ' '\n' | grep '/openssl/')
 cp $headers "$kit/openssl/include/openssl/"
 archive=$(c++ -print-file-name=libcrypto.a)
 [[ -f $archive ]] || { say "libcrypto.a is missing: apt install libssl-dev"; exit 1; }
 cp "$archive" "$kit/openssl/lib/"
+headers=$(printf '#include <zstd.h>\n' | c++ -M -x c++ - | tr -d '\\' | tr ' ' '\n' | grep '/zstd')
+archive=$(c++ -print-file-name=libzstd.a)
+[[ -f $archive ]] || { say "libzstd.a is missing: apt install libzstd-dev"; exit 1; }
+cp $headers "$kit/zstd/include/"
+cp "$archive" "$kit/zstd/lib/"
 if [[ -d /usr/src/googletest ]]; then
   cp -r /usr/src/googletest "$kit/googletest"
   rm -rf "$kit"/googletest/*/{test,docs,samples}

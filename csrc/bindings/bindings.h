@@ -6,6 +6,7 @@
 namespace deltazip::bindings {
 
 void bind_errors(pybind11::module_& module);
+void bind_codec(pybind11::module_& module);
 void bind_config(pybind11::module_& module);
 void bind_sampling(pybind11::module_& module);
 void bind_events(pybind11::module_& module);

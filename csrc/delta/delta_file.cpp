@@ -6,6 +6,7 @@
 
 #include "delta/content_check.h"
 #include "delta/manifest.h"
+#include "delta/stored_bytes.h"
 #include "deltazip/base/error.h"
 #include "deltazip/io/json_text.h"
 
@@ -17,38 +18,24 @@ constexpr std::string_view kNul("\0", 1);
 
 using Role = StoredTensor::Role;
 
-// One tensor of the safetensors file and what the manifest takes it for.
-struct Claim {
-  const SafetensorsEntry* entry = nullptr;
-  Role role = Role::kReplaced;
-};
-using Claims = std::map<std::string, Claim, std::less<>>;  // by stored name
-
-bool has_expected_dtype(Role role, DType dtype) {
-  if (role == Role::kReplaced) return is_floating(dtype);
-  return dtype == (role == Role::kScales ? DType::kFloat16 : DType::kUInt8);
+void set_bytes(DeltaTensor& tensor, Role role, std::span<const std::byte> bytes) {
+  switch (role) {
+    case Role::kReplaced:
+      tensor.replaced.data = bytes.data();
+      break;
+    case Role::kValues:
+      tensor.matrix.values = bytes;
+      break;
+    case Role::kIndices:
+      tensor.matrix.indices = bytes;
+      break;
+    case Role::kScales:
+      tensor.matrix.scales = bytes;
+      break;
+  }
 }
 
-const char* expected_dtype(Role role) {
-  return role == Role::kReplaced ? "BF16, F16 or F32" : role == Role::kScales ? "F16" : "U8";
-}
-
-const SafetensorsEntry& claim(Claims& claims, const SafetensorsFile& file,
-                              const StoredTensor& stored) {
-  const std::string at = file.name() + ": tensor '" + printable(stored.name) + "' ";
-  const SafetensorsEntry* entry = file.find(stored.name);
-  DZ_CHECK(entry != nullptr, at, "is missing, the manifest asks for ", expected_dtype(stored.role),
-           " ", stored.shape.str());
-  DZ_CHECK(has_expected_dtype(stored.role, entry->view.dtype), at, "is ",
-           safetensors_name(entry->view.dtype), ", expected ", expected_dtype(stored.role));
-  DZ_CHECK(entry->view.shape == stored.shape, at, "is ", entry->view.shape.str(),
-           " in the file, the manifest makes it ", stored.shape.str());
-  const bool is_new = claims.emplace(stored.name, Claim{entry, stored.role}).second;
-  DZ_CHECK(is_new, at, "belongs to two tensors of the manifest");
-  return *entry;
-}
-
-DeltaTensor resolve(Claims& claims, const SafetensorsFile& file, const Manifest::Tensor& tensor) {
+DeltaTensor resolve(const StoredBytes& bytes, const Manifest::Tensor& tensor) {
   DeltaTensor out;
   out.name = tensor.name;
   out.kind = tensor.kind;
@@ -60,20 +47,11 @@ DeltaTensor resolve(Claims& claims, const SafetensorsFile& file, const Manifest:
     out.matrix.group_size = tensor.group_size;
   }
   for (const StoredTensor& stored : stored_tensors(tensor)) {
-    const SafetensorsEntry& entry = claim(claims, file, stored);
-    switch (stored.role) {
-      case Role::kReplaced:
-        out.replaced = entry.view;
-        break;
-      case Role::kValues:
-        out.matrix.values = entry.bytes();
-        break;
-      case Role::kIndices:
-        out.matrix.indices = entry.bytes();
-        break;
-      case Role::kScales:
-        out.matrix.scales = entry.bytes();
-        break;
+    const StoredBytes::Tensor& found = bytes.at(stored.name);
+    set_bytes(out, stored.role, bytes.mapped(found));
+    if (stored.role == Role::kReplaced) {
+      out.replaced.dtype = found.dtype;
+      out.replaced.shape = found.shape;
     }
   }
   return out;
@@ -87,22 +65,21 @@ std::string place(const Shape& shape, std::size_t element) {
          std::to_string(element % columns);
 }
 
-void check_piece(const SafetensorsFile& file, const Claim& claimed, std::size_t offset,
+void check_piece(const std::string& file, const StoredBytes::Tensor& tensor, std::size_t offset,
                  std::span<const std::byte> bytes) {
-  if (claimed.role == Role::kValues) return;  // every code has a meaning
-  const ConstTensorView& view = claimed.entry->view;
-  const auto bad = claimed.role == Role::kIndices ? first_bad_indices(bytes)
-                                                  : first_not_finite(bytes, view.dtype);
+  if (tensor.role == Role::kValues) return;  // every code has a meaning
+  const auto bad = tensor.role == Role::kIndices ? first_bad_indices(bytes)
+                                                 : first_not_finite(bytes, tensor.dtype);
   if (!bad) return;
-  const std::string at = file.name() + ": tensor '" + printable(claimed.entry->name) + "' has ";
-  const std::string where = place(view.shape, offset / size_of(view.dtype) + *bad);
-  DZ_CHECK(claimed.role != Role::kIndices, at, "indices ", std::to_integer<int>(bytes[*bad]),
-           " at ", where, ": in each half the first must be below the second");
+  const std::string at = file + ": tensor '" + printable(tensor.entry->name) + "' has ";
+  const std::string where = place(tensor.shape, offset / size_of(tensor.dtype) + *bad);
+  DZ_CHECK(tensor.role != Role::kIndices, at, "indices ", std::to_integer<int>(bytes[*bad]), " at ",
+           where, ": in each half the first must be below the second");
   detail::fail<InvalidArgument>(at, "a value that is not finite at ", where);
 }
 
 // Reads every stored byte once: ranges and digest. docs/delta_format.md, "Digests".
-Digest check_content(const SafetensorsFile& file, const Manifest& manifest, const Claims& claims) {
+Digest check_content(const StoredBytes& bytes, const Manifest& manifest) {
   Sha256 content;
   content.update("deltazip.delta.v1").update(kNul).update(manifest.base_digest.hex()).update(kNul);
   for (const Manifest::Tensor& tensor : manifest.tensors) {
@@ -110,16 +87,16 @@ Digest check_content(const SafetensorsFile& file, const Manifest& manifest, cons
     content.update(digest_text(tensor.shape)).update(kNul);
     content.update(std::to_string(tensor.group_size)).update(kNul);
   }
-  for (const auto& item : claims) {
-    const Claim& claimed = item.second;
+  for (const auto& [name, tensor] : bytes.tensors()) {
     Sha256 hash;
-    file.stream(*claimed.entry, [&](std::size_t offset, std::span<const std::byte> bytes) {
-      check_piece(file, claimed, offset, bytes);
-      hash.update(bytes);
-    });
+    bytes.stream(tensor,
+                 [&, &stored = tensor](std::size_t offset, std::span<const std::byte> piece) {
+                   check_piece(bytes.file().name(), stored, offset, piece);
+                   hash.update(piece);
+                 });
     const Digest digest = hash.finish();
-    content.update(item.first).update(kNul);
-    content.update(safetensors_name(claimed.entry->view.dtype)).update(kNul);
+    content.update(name).update(kNul);
+    content.update(safetensors_name(tensor.dtype)).update(kNul);
     content.update(std::as_bytes(std::span(digest.bytes)));
   }
   return content.finish();
@@ -132,36 +109,33 @@ const std::string& metadata_value(const SafetensorsFile& file, const char* key) 
   return found->second;
 }
 
+Manifest read_manifest(const SafetensorsFile& file) {
+  const std::string& format = metadata_value(file, "format");
+  DZ_CHECK(format == "deltazip", file.name(), " is not a delta: its format is '",
+           printable(format, 60), "', expected 'deltazip'");
+  return parse_manifest(metadata_value(file, "manifest"), file.name());
+}
+
 }  // namespace
 
 struct DeltaFile::Impl {
   std::shared_ptr<const SafetensorsFile> file;
+  const Manifest manifest;
+  const StoredBytes bytes;
   std::vector<DeltaTensor> tensors;
-  Digest base_digest, content_digest;
 
   explicit Impl(std::shared_ptr<const SafetensorsFile> opened);
 };
 
-DeltaFile::Impl::Impl(std::shared_ptr<const SafetensorsFile> opened) : file(std::move(opened)) {
-  const std::string& format = metadata_value(*file, "format");
-  DZ_CHECK(format == "deltazip", file->name(), " is not a delta: its format is '",
-           printable(format, 60), "', expected 'deltazip'");
-  const Manifest manifest = parse_manifest(metadata_value(*file, "manifest"), file->name());
-  base_digest = manifest.base_digest;
-  content_digest = manifest.content_digest;
-
-  Claims claims;
+DeltaFile::Impl::Impl(std::shared_ptr<const SafetensorsFile> opened)
+    : file(std::move(opened)), manifest(read_manifest(*file)), bytes(file, manifest) {
   tensors.reserve(manifest.tensors.size());
   for (const Manifest::Tensor& tensor : manifest.tensors) {
-    tensors.push_back(resolve(claims, *file, tensor));
+    tensors.push_back(resolve(bytes, tensor));
   }
-  for (const SafetensorsEntry& entry : file->entries()) {
-    DZ_CHECK(claims.contains(entry.name), file->name(), ": tensor '", printable(entry.name), "' ",
-             entry.view.shape.str(), " is in the file, the manifest does not ask for it");
-  }
-  const Digest found = check_content(*file, manifest, claims);
-  DZ_CHECK(found == content_digest, file->name(), ": the content's digest is ", found.hex(),
-           ", the manifest says ", content_digest.hex());
+  const Digest found = check_content(bytes, manifest);
+  DZ_CHECK(found == manifest.content_digest, file->name(), ": the content's digest is ",
+           found.hex(), ", the manifest says ", manifest.content_digest.hex());
 }
 
 DeltaFile::DeltaFile() = default;
@@ -191,8 +165,8 @@ const DeltaTensor* DeltaFile::find(std::string_view name) const {
   return found != impl_->tensors.end() && found->name == name ? &*found : nullptr;
 }
 
-const Digest& DeltaFile::base_digest() const { return impl_->base_digest; }
-const Digest& DeltaFile::content_digest() const { return impl_->content_digest; }
+const Digest& DeltaFile::base_digest() const { return impl_->manifest.base_digest; }
+const Digest& DeltaFile::content_digest() const { return impl_->manifest.content_digest; }
 const std::string& DeltaFile::manifest_json() const {
   return impl_->file->metadata().find("manifest")->second;
 }
@@ -201,37 +175,26 @@ const std::string& DeltaFile::name() const { return impl_->file->name(); }
 
 DeltaTensor DeltaFile::load(const DeltaTensor& tensor, std::vector<std::byte>& storage) const {
   constexpr std::size_t kAlignment = 64;
+  const auto found = std::lower_bound(
+      impl_->manifest.tensors.begin(), impl_->manifest.tensors.end(), tensor.name,
+      [](const Manifest::Tensor& row, const std::string& name) { return row.name < name; });
+  DZ_INTERNAL(found != impl_->manifest.tensors.end() && found->name == tensor.name, tensor.name);
+  const std::vector<StoredTensor> stored = stored_tensors(*found);
+  std::vector<std::size_t> offsets;
   std::size_t num_bytes = 0;
-  const auto reserve = [&](std::size_t size) {
-    const std::size_t offset = num_bytes;
+  for (const StoredTensor& part : stored) {
+    offsets.push_back(num_bytes);
+    const std::size_t size = impl_->bytes.at(part.name).num_bytes();
     num_bytes += (size + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
-  };
-  DeltaTensor out = tensor;
-  const std::size_t values = reserve(tensor.matrix.values.size());
-  const std::size_t indices = reserve(tensor.matrix.indices.size());
-  const std::size_t scales = reserve(tensor.matrix.scales.size());
-  const std::size_t replaced =
-      reserve(tensor.kind == DeltaKind::kReplaced ? tensor.replaced.num_bytes() : 0);
+  }
   if (storage.size() < num_bytes) storage.resize(num_bytes);
 
-  const auto copy = [&](std::string_view suffix, std::size_t offset, std::size_t size) {
-    const SafetensorsEntry* entry = impl_->file->find(tensor.name + std::string(suffix));
-    DZ_INTERNAL(entry != nullptr, tensor.name, suffix);
-    const std::span<std::byte> to = std::span(storage).subspan(offset, size);
-    impl_->file->read(*entry, 0, to);
-    return std::span<const std::byte>(to);
-  };
-  if (tensor.kind == DeltaKind::kReplaced) {
-    out.replaced.data = copy("", replaced, tensor.replaced.num_bytes()).data();
-  } else if (tensor.kind == DeltaKind::kMatrix) {
-    const bool is_ternary = tensor.matrix.type == DeltaType::kSparse24Ternary;
-    out.matrix.values =
-        copy(is_ternary ? ".codes" : ".values", values, tensor.matrix.values.size());
-    if (!tensor.matrix.indices.empty()) {
-      out.matrix.indices = copy(".indices", indices, tensor.matrix.indices.size());
-    }
-    out.matrix.scales = copy(".scales", scales, tensor.matrix.scales.size());
+  DeltaTensor out = tensor;
+  for (std::size_t i = 0; i < stored.size(); ++i) {
+    const StoredBytes::Tensor& part = impl_->bytes.at(stored[i].name);
+    const std::span<std::byte> to = std::span(storage).subspan(offsets[i], part.num_bytes());
+    impl_->bytes.read(part, to);
+    set_bytes(out, stored[i].role, to);
   }
   return out;
 }

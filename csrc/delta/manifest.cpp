@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "deltazip/base/error.h"
+#include "deltazip/delta/codec.h"
 #include "deltazip/io/json_text.h"
 
 namespace deltazip {
@@ -14,7 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr std::size_t kMaxManifestBytes = 32u << 20;
-constexpr int kVersion = 1;
+constexpr int kPlainVersion = 1, kPackedVersion = 2;
 
 // The value of a key that must be there; `at` begins the message.
 const Json& require(const Json& object, const char* key, const std::string& at) {
@@ -53,7 +54,31 @@ Shape read_shape(const Json& value, const std::string& at) {
   return Shape(std::span<const std::int64_t>(dims.data(), value.size()));
 }
 
-Manifest::Tensor read_tensor(const std::string& name, const Json& entry, const std::string& file) {
+DType read_packed_dtype(const Json& entry, const std::string& at) {
+  const Json& value = require(entry, "dtype", at);
+  const auto dtype = value.is_string()
+                         ? dtype_from_safetensors_name(value.get_ref<const std::string&>())
+                         : std::nullopt;
+  DZ_CHECK(dtype && is_floating(*dtype), at, "'dtype' must be BF16, F16 or F32, got ",
+           shown(value));
+  return *dtype;
+}
+
+std::string read_codec(const Json& manifest, const std::string& at) {
+  const Json& lossless = require(manifest, "lossless", at);
+  DZ_CHECK(lossless.is_object(), at, "'lossless' must be an object, got ", shown(lossless));
+  const Json& codec = require(lossless, "codec", at + "'lossless' ");
+  DZ_CHECK(codec.is_string(), at, "'codec' must be a string, got ", shown(codec));
+  try {
+    Codec::make(codec.get_ref<const std::string&>());
+  } catch (const InvalidArgument& error) {
+    detail::fail<InvalidArgument>(at, error.what());
+  }
+  return codec.get<std::string>();
+}
+
+Manifest::Tensor read_tensor(const std::string& name, const Json& entry, bool is_packed,
+                             const std::string& file) {
   const std::string at = file + ": tensor '" + printable(name) + "': ";
   DZ_CHECK(!name.empty(), file, ": the manifest has a tensor with an empty name");
   DZ_CHECK(entry.is_object(), at, "must be an object, got ", shown(entry));
@@ -66,6 +91,9 @@ Manifest::Tensor read_tensor(const std::string& name, const Json& entry, const s
   const auto& type_text = type.get_ref<const std::string&>();
   if (type_text == "unchanged" || type_text == "replaced") {
     tensor.kind = type_text == "replaced" ? DeltaKind::kReplaced : DeltaKind::kUnchanged;
+    if (is_packed && tensor.kind == DeltaKind::kReplaced) {
+      tensor.packed_dtype = read_packed_dtype(entry, at);
+    }
     return tensor;
   }
   const auto delta_type = delta_type_from_name(type_text);
@@ -108,16 +136,19 @@ Manifest parse_manifest(std::string_view json, const std::string& file_name) {
   const Json root = Json::parse(json);
 
   const Json& version = require(root, "version", at);
-  DZ_CHECK(version.is_number_integer() && version == kVersion, at, "has version ", shown(version),
-           ", this program reads version ", kVersion);
+  DZ_CHECK(version.is_number_integer() && (version == kPlainVersion || version == kPackedVersion),
+           at, "has version ", shown(version), ", this program reads versions ", kPlainVersion,
+           " and ", kPackedVersion);
+  const bool is_packed = version == kPackedVersion;
   Manifest manifest;
+  if (is_packed) manifest.codec = read_codec(root, at);
   manifest.base_digest = read_digest(root, "base_digest", at);
   manifest.content_digest = read_digest(root, "content_digest", at);
   const Json& tensors = require(root, "tensors", at);
   DZ_CHECK(tensors.is_object(), at, "'tensors' must be an object, got ", shown(tensors));
   manifest.tensors.reserve(tensors.size());
   for (const auto& [name, entry] : tensors.items()) {
-    manifest.tensors.push_back(read_tensor(name, entry, file_name));
+    manifest.tensors.push_back(read_tensor(name, entry, is_packed, file_name));
   }
   std::sort(manifest.tensors.begin(), manifest.tensors.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });

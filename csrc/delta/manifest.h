@@ -17,12 +17,14 @@ struct Manifest {
     DeltaKind kind = DeltaKind::kUnchanged;
     DeltaType type = DeltaType::kSparse24Int4;  // kMatrix
     Shape shape;
-    std::int32_t group_size = 0;  // kMatrix
+    std::int32_t group_size = 0;            // kMatrix
+    DType packed_dtype = DType::kBFloat16;  // kReplaced in a packed file
 
     std::string_view type_name() const;  // as in the file
   };
   Digest base_digest;
   Digest content_digest;
+  std::string codec;            // how stored tensors are packed; empty: they are not
   std::vector<Tensor> tensors;  // by name
 };
 

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from deltazip.compress import delta_file
 from deltazip.compress.checkpoint import Checkpoint
-from deltazip.compress.delta_file import DeltaFile, Entry, Stored
+from deltazip.compress.delta_file import DeltaFile, Entry
 from deltazip.compress.pack import DeltaType, QuantizedMatrix
+from deltazip.compress.stored import Stored
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 FloatArray = npt.NDArray[np.float32]

@@ -36,9 +36,10 @@ CONFINED_LIBRARIES = {
     ),
     "pybind11": (re.compile(r"^(pybind11/|Python\.h)"), "csrc/bindings"),
     "OpenSSL": (re.compile(r"^openssl/"), "csrc/base"),
+    "zstd": (re.compile(r"^zstd"), "csrc/delta"),
 }
 NEVER_IN_PUBLIC_HEADERS = re.compile(
-    r"^(nlohmann/|spdlog/|fmt/|glog/|openssl/|pybind11/|Python\.h|cuda|cublas)"
+    r"^(nlohmann/|spdlog/|fmt/|glog/|openssl/|zstd|pybind11/|Python\.h|cuda|cublas)"
 )
 # A .cu may hold only an instantiation of what the .cuh files that it includes define.
 DEVICE_CODE = re.compile(r"__global__|__device__|<<<|#include \"[^\"]+\.cuh\"")

@@ -223,6 +223,7 @@ def round_to_nearest(difference: np.ndarray[Any, Any], type_: Any, group_size: i
 def write_real_delta(folder: Path, base: Path, fine_tune: Path) -> Path:
     from deltazip.compress import delta_file
     from deltazip.compress.pack import DeltaType
+    from deltazip.compress.stored import Stored
     from safetensors import safe_open
 
     engine = _C.Engine(_C.EngineConfig(base=str(base), kv_cache_bytes=1 << 28, max_model_len=256))
@@ -238,7 +239,7 @@ def write_real_delta(folder: Path, base: Path, fine_tune: Path) -> Path:
             shape = tuple(before.shape)
             if len(shape) == 1:
                 entries[name] = delta_file.Entry(DeltaType.REPLACED, shape)
-                stored[name] = delta_file.Stored.of_tensor(after)
+                stored[name] = Stored.of_tensor(after)
                 continue
             is_table = "embed" in name
             type_ = DeltaType.DENSE_INT8 if is_table else DeltaType.SPARSE24_INT4

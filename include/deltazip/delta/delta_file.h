@@ -25,14 +25,15 @@ enum class DeltaKind : std::uint8_t {
 struct DeltaTensor {
   std::string name;  // of the base tensor, e.g. "model.layers.0.mlp.up_proj.weight"
   DeltaKind kind = DeltaKind::kUnchanged;
-  Shape shape;               // the base tensor's
+  Shape shape;  // the base tensor's
+  // Of a packed file only load() has bytes: as they come from tensors() these have none.
   ConstTensorView replaced;  // kReplaced
   DeltaSource matrix;        // kMatrix
 };
 
-// A delta file, opened and fully validated (docs/delta_format.md): format version, tensor table,
-// sizes, code ranges, finite scales, and the content digest. Every failure is an InvalidArgument
-// naming file, tensor, what was expected and what came.
+// A delta file, plain or packed, opened and fully validated (docs/delta_format.md): format version,
+// tensor table, sizes, code ranges, finite scales, and the content digest. Every failure is an
+// InvalidArgument naming file, tensor, what was expected and what came.
 class DeltaFile {
  public:
   static std::shared_ptr<const DeltaFile> open(const std::filesystem::path& folder_or_file);
@@ -46,7 +47,8 @@ class DeltaFile {
   std::size_t num_bytes() const;
   const std::string& name() const;  // the path, as given
 
-  // `tensor` with its bytes copied to `storage`, which grows as needed and must outlive the result.
+  // `tensor` with its bytes read (and decoded) to `storage`, which grows as needed and must outlive
+  // the result. Thread-safe, each thread with a storage of its own.
   // Reads the file, not the mapping: one cut short since open() is an InvalidArgument here.
   DeltaTensor load(const DeltaTensor& tensor, std::vector<std::byte>& storage) const;
   // Throws InvalidArgument when the file on disk was changed in place since open().

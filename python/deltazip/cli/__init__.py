@@ -15,6 +15,8 @@ COMMANDS = {
     "inspect": "inspection",
     "evaluate": "evaluate",
     "export": "export",
+    "pack": "packing",
+    "unpack": "unpacking",
     "bench": "bench",
     "serve": "serve",
 }

@@ -45,6 +45,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Which calibration sequences are taken.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
+    lossless: Annotated[
+        str, typer.Option(help="zstd packs the file for disk and network; none leaves it.")
+    ] = "zstd",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print sizes, stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT's delta.")] = False,
 ) -> None:
@@ -79,7 +82,7 @@ def command(
 
                 result = compress(
                     base, finetuned, out, calibration, settings,
-                    device=device, overwrite=overwrite, progress=progress,
+                    device=device, lossless=lossless, overwrite=overwrite, progress=progress,
                 )  # fmt: skip
         except KeyboardInterrupt:
             console.print(

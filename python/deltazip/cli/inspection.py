@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from deltazip.cli.shared import errors_as_messages, megabytes
+
+if TYPE_CHECKING:
+    from deltazip.compress.delta_file import DeltaFile
 
 
 def command(
@@ -32,38 +35,54 @@ def command(
         for name, entry in file.entries.items():
             rows.setdefault(entry.type.value, []).append(name)
         table = Table("type", "tensors", "weights", "size", "bits a weight", title=str(file.path))
+        if file.codec != "none":
+            table.add_column("unpacked")
+            table.add_column("bits a weight")
         for type_, names in sorted(rows.items()):
             weights = sum(math.prod(file.entries[n].shape) for n in names)
             size = sum(file.stored_bytes(n) for n in names)
-            table.add_row(type_, str(len(names)), f"{weights:,}", megabytes(size),
-                          f"{8 * size / max(weights, 1):.3f}")  # fmt: skip
+            row = [type_, str(len(names)), f"{weights:,}", *_size(size, weights)]
+            if file.codec != "none":
+                row += _size(sum(file.decoded_bytes(n) for n in names), weights)
+            table.add_row(*row)
         stored = sum(info.num_bytes for info in file.stored.values())
         weights = sum(math.prod(entry.shape) for entry in file.entries.values())
         header = file.num_bytes - stored
         table.add_row("header and manifest", "", "", megabytes(header), "")
         table.add_section()
-        table.add_row("whole file", str(len(file.entries)), f"{weights:,}",
-                      megabytes(file.num_bytes), f"{8 * file.num_bytes / weights:.3f}")  # fmt: skip
+        row = [
+            "whole file",
+            str(len(file.entries)),
+            f"{weights:,}",
+            *_size(file.num_bytes, weights),
+        ]
+        if file.codec != "none":
+            row += _size(header + sum(map(file.decoded_bytes, file.entries)), weights)
+        table.add_row(*row)
         out.print(table)
         compressor: dict[str, Any] = file.manifest.get("compressor") or {}
         report: dict[str, Any] = compressor.get("report") or {}
-        _print_facts(out, file.manifest, report, file.num_bytes)
+        _print_facts(out, file, report)
         if layers:
             _print_layers(out, report.get("tensors") or {})
         if verify:
             out.print("content digest: verified")
 
 
-def _print_facts(
-    out: Console, manifest: dict[str, Any], report: dict[str, Any], num_bytes: int
-) -> None:
+def _size(num_bytes: int, weights: int) -> list[str]:
+    return [megabytes(num_bytes), f"{8 * num_bytes / max(weights, 1):.3f}"]
+
+
+def _print_facts(out: Console, file: DeltaFile, report: dict[str, Any]) -> None:
+    manifest = file.manifest
     facts = Table(show_header=False, box=None)
     facts.add_column()
     facts.add_column(overflow="fold")
     if report.get("finetuned_bytes"):
-        ratio = report["finetuned_bytes"] / num_bytes
+        ratio = report["finetuned_bytes"] / file.num_bytes
         whole = megabytes(report["finetuned_bytes"])
         facts.add_row("ratio", f"{ratio:.2f} (fine-tune {whole}, the whole file counted)")
+    facts.add_row("lossless", file.codec)
     base = manifest.get("base") or {}
     facts.add_row("base", f"{base.get('name', '?')} ({base.get('architecture', '?')})")
     facts.add_row("base digest", str(manifest["base_digest"]))

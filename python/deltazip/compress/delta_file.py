@@ -1,42 +1,38 @@
-"""delta.safetensors: writer and reader of docs/delta_format.md, version 1.
+"""delta.safetensors: writer and reader of docs/delta_format.md, plain (1) and packed (2).
 
 Writing holds one tensor at a time: the caller names what is stored and how to load it, a first pass
-hashes, a second writes. A file appears under its name only when it is whole and on the disk.
+hashes, a second writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from deltazip.compress import pack
+from deltazip.compress import pack, packed
 from deltazip.compress.checkpoint import (
     WEIGHT_DTYPES,
     CheckpointError,
     TensorInfo,
-    hash_bytes,
     read_bytes,
     read_header,
 )
 from deltazip.compress.pack import DeltaType, QuantizedMatrix
+from deltazip.compress.stored import ITEM_BYTES, Stored, write_safetensors
 
 FILE_NAME = "delta.safetensors"
-VERSION = 1
-_ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+PLAIN_VERSION, PACKED_VERSION = 1, 2
 _NUMPY_DTYPES: dict[str, type[np.generic]] = {"U8": np.uint8, "F16": np.float16}
-_COPY_BYTES = 1 << 22
 
 
 class DeltaFileError(ValueError):
@@ -65,45 +61,6 @@ class Entry:
         return {s: f"{name}.{s}" for s in pack.stored_shapes(self.type, shape, self.group_size)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One tensor to be written. `load` gives its bytes, row-major, and is called twice."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    load: Callable[[], bytes | bytearray | memoryview]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-    @classmethod
-    def of_array(cls, array: npt.NDArray[np.generic]) -> Stored:
-        names = {"uint8": "U8", "float16": "F16", "float32": "F32"}
-        contiguous = np.ascontiguousarray(array)
-        return cls(names[array.dtype.name], array.shape, lambda: contiguous.tobytes())
-
-    @classmethod
-    def of_tensor(cls, tensor: torch.Tensor) -> Stored:
-        return cls(dtype_name(tensor.dtype), tuple(tensor.shape), lambda: tensor_bytes(tensor))
-
-    @classmethod
-    def of_file(cls, info: TensorInfo) -> Stored:
-        return cls(info.dtype, info.shape, lambda: read_bytes(info))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a float dtype."""
-    return next(name for name, ours in WEIGHT_DTYPES.items() if ours == dtype)
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A float tensor's bytes, row-major; no copy if it lies so already."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    data: memoryview = flat.numpy().data
-    return data
-
-
 def stored_of_matrix(name: str, matrix: QuantizedMatrix) -> dict[str, Stored]:
     """The tensors that `matrix` is stored as under the base tensor's name."""
     return {f"{name}.{s}": Stored.of_array(array) for s, array in pack.pack(matrix).items()}
@@ -128,27 +85,6 @@ def content_digest(
     return sha.hexdigest()
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name only once it is whole and synced; gone on any error."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_delta(
     path: Path,
     *,
@@ -157,6 +93,8 @@ def write_delta(
     stored: Mapping[str, Stored],
     base: Mapping[str, Any],
     compressor: Mapping[str, Any],
+    lossless: str = "none",
+    expect: str | None = None,
 ) -> str:
     """Writes one delta file and returns its content digest.
 
@@ -165,66 +103,54 @@ def write_delta(
         entries: every tensor of the base, by name.
         stored: exactly the tensors that `entries` call for, by stored name.
         base, compressor: for people and tools; serving ignores them.
+        lossless: the codec that packs the stored tensors, one of packed.CODECS.
+        expect: the content digest that must come out.
 
     Raises:
-        ValueError: `stored` is not what `entries` call for.
+        ValueError: `stored` is not what `entries` call for, or has another content.
         OSError: the disk is full or not writable; no file is left then.
     """
+    packed.check_codec(lossless)
     _check_stored(entries, stored)
-    hashes = {}
-    for name, tensor in stored.items():
-        data = tensor.load()
-        if len(data) != tensor.num_bytes:
-            raise ValueError(f"'{name}' has {len(data)} bytes, expected {tensor.num_bytes}")
-        hashes[name] = hashlib.sha256(data).digest()
-    digest = content_digest(
-        base_digest, entries, {name: (stored[name].dtype, hashes[name]) for name in hashes}
-    )
-    manifest = {
-        "version": VERSION,
-        "base_digest": base_digest,
-        "content_digest": digest,
-        "tensors": {name: entries[name].to_json() for name in sorted(entries)},
-        "base": dict(base),
-        "compressor": dict(compressor),
-    }
-    text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
-    write_safetensors(path, stored, {"format": "deltazip", "manifest": text}, hashes)
-    return digest
-
-
-def write_safetensors(
-    path: Path,
-    stored: Mapping[str, Stored],
-    metadata: Mapping[str, str],
-    hashes: Mapping[str, bytes] | None = None,
-) -> None:
-    """Writes a safetensors file, whole or not at all, holding one tensor in memory.
-
-    Raises:
-        ValueError: a tensor's bytes are not those of `hashes` (SHA-256), where given.
-        OSError: the disk is full or not writable; no file is left then.
-    """
-    order = sorted(stored, key=lambda n: (-_ITEM_BYTES[stored[n].dtype], n.encode()))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name in order:
-        tensor = stored[name]
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.num_bytes],
+    with contextlib.ExitStack() as stack:
+        spool = None
+        if lossless != "none":
+            spool = stack.enter_context(packed.Spool(lossless, path.parent))
+        hashes: dict[str, bytes] = {}
+        written: dict[str, Stored] = {}
+        for name, tensor in stored.items():
+            data = tensor.load()
+            if len(data) != tensor.num_bytes:
+                raise ValueError(f"'{name}' has {len(data)} bytes, expected {tensor.num_bytes}")
+            hashes[name] = hashlib.sha256(data).digest()
+            if spool is not None:
+                place = spool.add(data, ITEM_BYTES[tensor.dtype])
+                written[name] = Stored("U8", (place[1],), functools.partial(spool.read, place))
+        digest = content_digest(
+            base_digest, entries, {name: (stored[name].dtype, hashes[name]) for name in hashes}
+        )
+        if expect is not None and digest != expect:
+            raise ValueError(f"{path}: content digest would be {digest}, expected {expect}")
+        manifest: dict[str, Any] = {
+            "version": PLAIN_VERSION if spool is None else PACKED_VERSION,
+            "base_digest": base_digest,
+            "content_digest": digest,
+            "tensors": {name: entries[name].to_json() for name in sorted(entries)},
+            "base": dict(base),
+            "compressor": dict(compressor),
         }
-        at += tensor.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            data = stored[name].load()
-            if hashes is not None and hashlib.sha256(data).digest() != hashes[name]:
-                raise ValueError(f"'{name}' changed while it was being written")
-            file.write(data)
+        if spool is not None:
+            manifest["lossless"] = {"codec": lossless}
+            for name, entry in entries.items():
+                if entry.type is DeltaType.REPLACED:
+                    manifest["tensors"][name]["dtype"] = stored[name].dtype
+        text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+        metadata = {"format": "deltazip", "manifest": text}
+        if spool is None:
+            write_safetensors(path, stored, metadata, hashes)
+        else:
+            write_safetensors(path, written, metadata)
+    return digest
 
 
 def _check_stored(entries: Mapping[str, Entry], stored: Mapping[str, Stored]) -> None:
@@ -260,7 +186,7 @@ def _check_stored(entries: Mapping[str, Entry], stored: Mapping[str, Stored]) ->
 
 
 class DeltaFile:
-    """A delta file opened for reading; tensors are read one at a time.
+    """A delta file, plain or packed, opened for reading; tensors are read one at a time.
 
     Raises:
         DeltaFileError: anything in the file is not as docs/delta_format.md says.
@@ -288,16 +214,47 @@ class DeltaFile:
             tensors: dict[str, Any] = self.manifest["tensors"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DeltaFileError(f"{self.path}: the manifest is malformed: {error!r}") from error
-        if version != VERSION:
-            raise DeltaFileError(f"{self.path}: version {version}, this reader knows {VERSION}")
-        self.entries = {name: self._entry(name, row) for name, row in tensors.items()}
-        try:
-            _check_stored(
-                self.entries,
-                {n: Stored.of_file(i) for n, i in self._infos.items()},
+        if version not in (PLAIN_VERSION, PACKED_VERSION):
+            raise DeltaFileError(
+                f"{self.path}: version {version}, this reader knows {PLAIN_VERSION} and "
+                f"{PACKED_VERSION}"
             )
+        self.entries = {name: self._entry(name, row) for name, row in tensors.items()}
+        self.codec = self._codec() if version == PACKED_VERSION else "none"
+        try:
+            self.layout = self._layout(tensors)
+            held = {
+                name: Stored(dtype, shape, bytes) for name, (dtype, shape) in self.layout.items()
+            }
+            _check_stored(self.entries, held)
         except (ValueError, KeyError) as error:
             raise DeltaFileError(f"{self.path}: {error}") from error
+
+    def _codec(self) -> str:
+        try:
+            codec = str(self.manifest["lossless"]["codec"])
+        except (KeyError, TypeError) as error:
+            raise DeltaFileError(f"{self.path}: the manifest lacks lossless.codec") from error
+        if codec not in packed.CODECS or codec == "none":
+            raise DeltaFileError(f"{self.path}: unknown codec '{codec}', expected zstd")
+        return codec
+
+    def _layout(self, rows: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored name -> safetensors dtype and shape of what it holds, once decoded."""
+        if self.codec == "none":
+            return {name: (info.dtype, info.shape) for name, info in self._infos.items()}
+        layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, entry in self.entries.items():
+            if entry.type is DeltaType.REPLACED:
+                layout[name] = (str(rows[name]["dtype"]), entry.shape)
+            elif entry.type.is_matrix:
+                shape = (entry.shape[0], entry.shape[1])
+                for suffix, held in pack.stored_shapes(entry.type, shape, entry.group_size).items():
+                    layout[f"{name}.{suffix}"] = held
+        for name in layout.keys() ^ self._infos.keys():
+            state = "missing" if name in layout else "not called for by any entry"
+            raise ValueError(f"stored tensor '{name}' is {state}")
+        return layout
 
     def _entry(self, name: str, row: Any) -> Entry:
         try:
@@ -325,15 +282,37 @@ class DeltaFile:
         """Bytes that the base tensor `name` takes in this file, header not counted."""
         return sum(self._infos[s].num_bytes for s in self.entries[name].stored_names(name).values())
 
+    def decoded_bytes(self, name: str) -> int:
+        """The same once decoded: what a plain file would hold."""
+        total = 0
+        for full in self.entries[name].stored_names(name).values():
+            dtype, shape = self.layout[full]
+            total += math.prod(shape) * ITEM_BYTES[dtype]
+        return total
+
+    def read(self, stored_name: str) -> bytearray:
+        """The bytes of one stored tensor, decoded.
+
+        Raises:
+            DeltaFileError: its stream is damaged.
+        """
+        data = read_bytes(self._infos[stored_name])
+        if self.codec == "none":
+            return data
+        dtype, shape = self.layout[stored_name]
+        item_bytes = ITEM_BYTES[dtype]
+        try:
+            return packed.decode(self.codec, data, math.prod(shape) * item_bytes, item_bytes)
+        except ValueError as error:
+            raise DeltaFileError(f"{self.path}: tensor '{stored_name}': {error}") from error
+
     def matrix(self, name: str) -> QuantizedMatrix:
         """The codes of one compressed matrix."""
         entry = self.entries[name]
-        stored = {
-            suffix: np.frombuffer(
-                read_bytes(self._infos[full]), _NUMPY_DTYPES[self._infos[full].dtype]
-            ).reshape(self._infos[full].shape)
-            for suffix, full in entry.stored_names(name).items()
-        }
+        stored = {}
+        for suffix, full in entry.stored_names(name).items():
+            dtype, held = self.layout[full]
+            stored[suffix] = np.frombuffer(self.read(full), _NUMPY_DTYPES[dtype]).reshape(held)
         try:
             shape = (entry.shape[0], entry.shape[1])
             return pack.unpack(entry.type, shape, entry.group_size, stored)
@@ -353,9 +332,9 @@ class DeltaFile:
         if entry.type is DeltaType.UNCHANGED:
             return base.float()
         if entry.type is DeltaType.REPLACED:
-            info = self._infos[name]
-            data = torch.frombuffer(read_bytes(info), dtype=WEIGHT_DTYPES[info.dtype])
-            return data.reshape(info.shape).float()
+            dtype, shape = self.layout[name]
+            data = torch.frombuffer(self.read(name), dtype=WEIGHT_DTYPES[dtype])
+            return data.reshape(shape).float()
         return base.float() + torch.from_numpy(self.matrix(name).dequantize())
 
     def verify(self) -> None:
@@ -364,7 +343,10 @@ class DeltaFile:
         Raises:
             DeltaFileError: the bytes are not those the file was written with.
         """
-        stored = {name: (info.dtype, hash_bytes(info)) for name, info in self._infos.items()}
+        stored = {
+            name: (dtype, hashlib.sha256(self.read(name)).digest())
+            for name, (dtype, _) in self.layout.items()
+        }
         got = content_digest(self.base_digest, self.entries, stored)
         if got != self.content_digest:
             raise DeltaFileError(

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from deltazip.compress import llama
 from deltazip.compress.checkpoint import WEIGHT_DTYPES, Checkpoint
-from deltazip.compress.delta_file import (
-    DeltaFile,
-    DeltaFileError,
+from deltazip.compress.delta_file import DeltaFile, DeltaFileError
+from deltazip.compress.pipeline import TOKENIZER_FILES
+from deltazip.compress.stored import (
     Stored,
     atomic_file,
     dtype_name,
     tensor_bytes,
     write_safetensors,
 )
-from deltazip.compress.pipeline import TOKENIZER_FILES
 
 _COMPANIONS = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json",
                "merges.txt", "tokenizer.jinja")  # fmt: skip

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from deltazip import __version__
-from deltazip.compress import calibration
+from deltazip.compress import calibration, packed
 from deltazip.compress.checkpoint import Checkpoint
 from deltazip.compress.delta_file import (
     FILE_NAME,
-    atomic_file,
     write_delta,
 )
 from deltazip.compress.llama import LlamaShape
@@ -26,6 +25,7 @@ from deltazip.compress.plan import (
     estimate_file_bytes,
     plan_tensors,
 )
+from deltazip.compress.stored import atomic_file
 from deltazip.compress.walk import CompressError, Models, Progress, Run
 from deltazip.compress.workspace import Workspace
 
@@ -66,19 +66,21 @@ def compress(
     settings: Settings,
     *,
     device: str = "cpu",
+    lossless: str = packed.CODECS[0],
     overwrite: bool = False,
     progress: Progress = lambda what, share: None,
 ) -> Result:
     """Writes OUT/delta.safetensors, and the fine-tune's tokenizer files where they differ.
 
     An interrupted run leaves OUT.partial; the same call goes on from there. The delta appears whole
-    or not at all.
+    or not at all. `lossless` packs it, by one of packed.CODECS; it is no part of a run's identity.
 
     Raises:
         CompressError, CheckpointError, calibration.CalibrationError: naming what is wrong.
         OSError: the disk is full or not writable.
     """
     started = time.monotonic()
+    packed.check_codec(lossless)
     if (out / FILE_NAME).exists() and not overwrite:
         raise CompressError(f"{out / FILE_NAME} is there already; remove it or pass --overwrite")
     models = Models(Checkpoint(base), Checkpoint(finetuned))
@@ -97,7 +99,8 @@ def compress(
     num_tokens = sum(len(ids) for ids in sequences)
     width = max(shape.hidden, shape.num_heads * shape.head_dim)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(out.parent, 2 * estimate_file_bytes(planned) + 6 * 4 * num_tokens * width)
+    # Pieces, packed streams and the file lie side by side at the end.
+    _check_disk(out.parent, 3 * estimate_file_bytes(planned) + 6 * 4 * num_tokens * width)
     progress("reading the base's digest", 0.0)
     base_digest = models.base.digest()
     progress("reading the fine-tune's digest", 0.0)
@@ -135,6 +138,7 @@ def compress(
                 "tensors": report,
             },
         },
+        lossless=lossless,
     )
     workspace.remove()
     return Result(

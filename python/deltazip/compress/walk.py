@@ -20,11 +20,12 @@ from torch import Tensor
 from deltazip.compress import calibration, llama
 from deltazip.compress.activations import Batch, HessianSum, Streams, make_batches
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
-from deltazip.compress.delta_file import Entry, Stored, stored_of_matrix
+from deltazip.compress.delta_file import Entry, stored_of_matrix
 from deltazip.compress.llama import LlamaForward, LlamaShape
 from deltazip.compress.pack import DeltaType
 from deltazip.compress.plan import EMBEDDING_FORMATS, FORMATS, Settings
 from deltazip.compress.solver import Factor, Solved, Spec, round_to_nearest, solve
+from deltazip.compress.stored import Stored
 from deltazip.compress.workspace import Workspace
 
 _ROWS_AT_ONCE = 8192  # of an embedding

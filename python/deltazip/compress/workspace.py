@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deltazip.compress import delta_file
 from deltazip.compress.checkpoint import read_header
-from deltazip.compress.delta_file import Entry, Stored
+from deltazip.compress.delta_file import Entry
 from deltazip.compress.pack import DeltaType
+from deltazip.compress.stored import Stored, atomic_file, write_safetensors
 
 _STATE = "state.json"
 
@@ -41,7 +41,7 @@ class Workspace:
     def put(self, **values: Any) -> None:
         """Records progress; what is recorded has reached the disk."""
         self._state |= values
-        with delta_file.atomic_file(self.folder / _STATE) as file:
+        with atomic_file(self.folder / _STATE) as file:
             file.write(json.dumps(self._state).encode())
 
     def has_piece(self, piece: str) -> bool:
@@ -56,7 +56,7 @@ class Workspace:
         **values: Any,
     ) -> None:
         """One piece of the artifact: what some tensors become, and how well. `values`: see put."""
-        delta_file.write_safetensors(self.folder / f"{piece}.safetensors", stored, {})
+        write_safetensors(self.folder / f"{piece}.safetensors", stored, {})
         pieces = dict(self._state.get("pieces", {}))
         pieces[piece] = {
             "entries": {name: entry.to_json() for name, entry in entries.items()},

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <random>
 #include <string>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "deltazip/base/digest.h"
+#include "deltazip/delta/packed_stream.h"
 #include "io/safetensors_builder.h"
 
 namespace deltazip::test {
@@ -33,6 +35,9 @@ class DeltaBuilder {
   // (from, to) replacements in the finished manifest; the content digest is not made anew.
   std::vector<std::pair<std::string, std::string>> edits;
   std::string format = "deltazip";
+  bool is_packed = false;
+  // Of a packed file: what is done to a tensor's stream, by its name.
+  std::map<std::string, std::function<void(std::string&)>> streams;
 
   DeltaBuilder& unchanged(const std::string& name, std::vector<std::int64_t> shape) {
     return entry(name, "unchanged", shape, 0);
@@ -85,6 +90,15 @@ class DeltaBuilder {
                          [&](const auto& tensor) { return tensor.name == name; });
   }
 
+  const SafetensorsBuilder::Tensor& find(const std::string& name) const {
+    return const_cast<DeltaBuilder*>(this)->find(name);
+  }
+
+  DeltaBuilder& packed() {
+    is_packed = true;
+    return *this;
+  }
+
   Digest content_digest() const {
     using namespace std::string_literals;
     const auto by_name = [](const auto& a, const auto& b) { return a.name < b.name; };
@@ -106,12 +120,17 @@ class DeltaBuilder {
   }
 
   std::string manifest() const {
-    std::string text = "{\"version\":1,\"base_digest\":\"" + base_digest.hex() +
-                       "\",\"content_digest\":\"" + content_digest().hex() + "\",\"tensors\":{";
+    std::string text = std::string("{\"version\":") +
+                       (is_packed ? "2,\"lossless\":{\"codec\":\"zstd\"}" : "1") +
+                       ",\"base_digest\":\"" + base_digest.hex() + "\",\"content_digest\":\"" +
+                       content_digest().hex() + "\",\"tensors\":{";
     for (const Entry& entry : entries) {
       if (text.back() != '{') text += ',';
       text += "\"" + entry.name + "\":{\"type\":\"" + entry.type + "\",\"shape\":" + entry.shape;
       if (entry.group_size != 0) text += ",\"group_size\":" + std::to_string(entry.group_size);
+      if (is_packed && entry.type == "replaced") {
+        text += ",\"dtype\":\"" + find(entry.name).dtype + "\"";
+      }
       text += "}";
     }
     text += "},\"base\":{\"name\":\"b\"},\"compressor\":{\"version\":\"0\"}}";
@@ -137,6 +156,19 @@ class DeltaBuilder {
     const auto width = [](const SafetensorsBuilder::Tensor& tensor) {
       return tensor.dtype == "F32" || tensor.dtype == "I32" ? 4 : tensor.dtype == "U8" ? 1 : 2;
     };
+    if (is_packed) {
+      const auto codec = Codec::make("zstd");
+      for (auto& tensor : file.tensors) {
+        const auto bytes = encode_stream(*codec, std::as_bytes(std::span(tensor.data)),
+                                         static_cast<std::size_t>(width(tensor)));
+        tensor.data.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+        if (const auto spoilt = streams.find(tensor.name); spoilt != streams.end()) {
+          spoilt->second(tensor.data);
+        }
+        tensor.dtype = "U8";
+        tensor.shape = "[" + std::to_string(tensor.data.size()) + "]";
+      }
+    }
     std::stable_sort(file.tensors.begin(), file.tensors.end(),
                      [&](const auto& a, const auto& b) { return width(a) > width(b); });
     return file.str();

@@ -94,7 +94,7 @@ std::vector<BadDelta> bad_manifests() {
             "\"lm_head.weight\":"),
        {"'lm_head.weight'", "twice"}},
       {"no version", edit("\"version\":1,", ""), {"lacks 'version'"}},
-      {"a later version", edit("\"version\":1", "\"version\":2"), {"version 2", "version 1"}},
+      {"a later version", edit("\"version\":1", "\"version\":3"), {"version 3", "versions 1"}},
       {"a version that is text", edit("\"version\":1", "\"version\":\"1\""), {"version \"1\""}},
       {"a version and a half", edit("\"version\":1", "\"version\":1.0"), {"version 1.0"}},
       {"no base digest", edit("\"base_digest\"", "\"base\""), {"comes twice"}},

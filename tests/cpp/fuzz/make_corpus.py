@@ -69,17 +69,43 @@ def delta(entries: dict[str, dict[str, Any]], tensors: Tensors) -> bytes:
     return safetensors(tensors, {"format": "deltazip", "manifest": text})
 
 
+def stream(raw: bytes, item_bytes: int) -> bytes:
+    """A packed tensor of one chunk, each plane a zstd frame of one raw block (up to 255 bytes)."""
+    frames = []
+    for plane in range(item_bytes):
+        part = raw[plane::item_bytes]
+        block = struct.pack("<I", len(part) << 3 | 1)[:3]
+        frames.append(b"\x28\xb5\x2f\xfd\x20" + bytes([len(part)]) + block + part)
+    return struct.pack(f"<{item_bytes}I", *map(len, frames)) + b"".join(frames)
+
+
+def packed(entries: dict[str, dict[str, Any]], tensors: Tensors) -> bytes:
+    plain = delta(entries, tensors)
+    (length,) = struct.unpack("<Q", plain[:8])
+    manifest = json.loads(json.loads(plain[8 : 8 + length])["__metadata__"]["manifest"])
+    manifest |= {"version": 2, "lossless": {"codec": "zstd"}}
+    streams: Tensors = {}
+    for name, (dtype, _, raw) in tensors.items():
+        data = stream(raw, {"U8": 1, "F32": 4}.get(dtype, 2))
+        streams[name] = ("U8", [len(data)], data)
+        if name in entries:
+            manifest["tensors"][name]["dtype"] = dtype
+    return safetensors(streams, {"format": "deltazip", "manifest": json.dumps(manifest)})
+
+
 def deltas() -> dict[str, bytes]:
     files = {"golden": GOLDEN.read_bytes()}
     for kind in BYTES_PER_32:
         entry: dict[str, Any] = {"type": kind, "shape": [2, 33], "group_size": 32}
         files[kind] = delta({"w": entry}, matrix("w", kind, 2, 33, 32))
+        files[f"packed_{kind}"] = packed({"w": entry}, matrix("w", kind, 2, 33, 32))
     for dtype, one in (("F32", b"\0\0\x80\x3f"), ("F16", b"\0\x3c"), ("BF16", b"\x80\x3f")):
         entries: dict[str, dict[str, Any]] = {
             "n": {"type": "replaced", "shape": [3]},
             "u": {"type": "unchanged", "shape": []},
         }
         files[f"replaced_{dtype}"] = delta(entries, {"n": (dtype, [3], one * 3)})
+        files[f"packed_{dtype}"] = packed(entries, {"n": (dtype, [3], one * 3)})
     return files
 
 

@@ -9,6 +9,7 @@
 #include "allocation_meter.h"
 #include "delta/delta_builder.h"
 #include "deltazip/base/error.h"
+#include "deltazip/delta/packed_stream.h"
 #include "deltazip/io/json_text.h"
 #include "targets.h"
 
@@ -105,7 +106,8 @@ class Mutator {
 
 // Bytes of memory a reader may take for each byte of file, and in any case. A JSON value of two
 // characters is 40 bytes as a node of a tree, in a vector that has just doubled.
-constexpr std::size_t kBytesPerByte = 64, kBytesAnyway = 64 << 10;
+// A packed file's chunk is decoded whole, however few bytes it takes there.
+constexpr std::size_t kBytesPerByte = 64, kBytesAnyway = (64 << 10) + 2 * kPackedChunkBytes;
 
 template <typename Target>
 std::size_t measure(const std::string& text, Target target, bool& valid) {
@@ -158,6 +160,42 @@ TEST(FuzzSmoke, Safetensors) {
 }
 
 TEST(FuzzSmoke, Delta) { smoke(delta_seeds(), 20'000, test::try_delta); }
+
+TEST(FuzzSmoke, PackedDelta) {
+  smoke({small_delta().packed().str(),
+         test::DeltaBuilder().matrix("w", "sparse24_int2", 2, 33, 32).packed().str(),
+         test::DeltaBuilder().replaced("n", "F32", {3}).unchanged("u", {}).packed().str()},
+        10'000, test::try_delta);
+}
+
+// Mutants of a file seldom reach the decoder past its checksums of shape and size; these do.
+TEST(FuzzSmoke, PackedStream) {
+  std::mt19937 rng(7);
+  std::string plain;
+  for (int i = 0; i < 5000; ++i) plain += static_cast<char>(rng() % 5 == 0 ? rng() % 7 : 0);
+  const auto codec = Codec::make("zstd");
+  const auto valid = encode_stream(*codec, std::as_bytes(std::span(plain)), 2);
+  int num_read = 0;
+  for (int i = 0; i < 20'000; ++i) {
+    auto bytes = valid;
+    for (std::size_t n = 1 + rng() % 3; n > 0; --n) {
+      bytes[rng() % bytes.size()] ^= static_cast<std::byte>(1u << (rng() % 8));
+    }
+    if (rng() % 4 == 0) bytes.resize(rng() % bytes.size());
+    std::vector<std::byte> out(plain.size());
+    try {
+      const auto read = [&](std::size_t at, std::span<std::byte> to) {
+        ASSERT_LE(at + to.size(), bytes.size());
+        std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), to.size(), to.begin());
+      };
+      StreamDecoder(*codec, read, bytes.size(), out.size(), 2, "s: ").decode_all(out);
+      ++num_read;  // the content's digest finds what this does not
+    } catch (const InvalidArgument&) {
+    }
+  }
+  EXPECT_LT(num_read, 20'000);
+  EXPECT_GT(num_read, 0);
+}
 
 // Headers and manifests made to cost as much memory as a reader can be brought to spend.
 TEST(FuzzSmoke, MemoryFollowsTheSizeOfTheFile) {

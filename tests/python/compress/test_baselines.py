@@ -7,7 +7,6 @@ from pathlib import Path
 
 import artifact
 import baselines
-import build
 import pytest
 import torch
 from artifact import Artifact, Codes
@@ -16,6 +15,8 @@ from deltazip.compress.checkpoint import Checkpoint
 from deltazip.compress.scoring.candidates import find_candidate, is_linear
 from deltazip.compress.scoring.closeness import load_model
 from torch import Tensor
+
+import build
 
 ROWS, COLUMNS = 24, 128
 

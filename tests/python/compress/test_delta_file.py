@@ -12,8 +12,9 @@ import pytest
 import torch
 from deltazip.compress import delta_file, pack
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
-from deltazip.compress.delta_file import DeltaFile, DeltaFileError, Entry, Stored, write_delta
+from deltazip.compress.delta_file import DeltaFile, DeltaFileError, Entry, write_delta
 from deltazip.compress.pack import DeltaType, QuantizedMatrix
+from deltazip.compress.stored import Stored
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -150,7 +151,7 @@ def rewrite(path: Path, change: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, h: m.update(version=2), "version 2, this reader knows 1"),
+        (lambda m, h: m.update(version=3), "version 3, this reader knows 1 and 2"),
         (lambda m, h: m.pop("tensors"), "manifest is malformed"),
         (lambda m, h: m["tensors"]["b.weight"].update(type="sparse"), "'b.weight'.*sparse"),
         (lambda m, h: m["tensors"]["b.weight"].update(group_size=48), "multiple of 32, got 48"),
