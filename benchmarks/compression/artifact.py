@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from deltazip import _C
 from deltazip.compress.checkpoint import read_header
+from deltazip.compress.packed import CODECS
+from deltazip.compress.stored import tensor_bytes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -225,8 +228,11 @@ def read_coded(arrays: Arrays, meta: Mapping[str, Any]) -> Coded:
 
 def write_artifact(
     path: Path, coded: Mapping[str, Coded], on_delta: Mapping[str, bool]
-) -> dict[str, int]:
-    """Writes all matrices into one file. Returns bytes of each tensor's arrays.
+) -> tuple[dict[str, int], int]:
+    """Writes all matrices into one file.
+
+    Returns bytes of each matrix's arrays, and what deltazip's lossless stage would take off the
+    file: deltas on the disk have gone through it, so the artifacts beside them are credited too.
 
     on_delta: whether a matrix is added to the base's or takes its place. A tensor of the base that
     is in neither is unchanged.
@@ -239,10 +245,14 @@ def write_artifact(
     facts = {n: c.meta() | {"on_delta": on_delta[n]} for n, c in coded.items()}
     flat = {f"{name}|{key}": array for name, part in arrays.items() for key, array in part.items()}
     save_file(flat, path, {"matrices": json.dumps(facts, separators=(",", ":"))})
-    return {
+    num_bytes = {
         name: sum(array.numel() * array.element_size() for array in part.values())
         for name, part in arrays.items()
     }
+    codec = _C.StreamCodec(CODECS[0])
+    streams = ((a, len(codec.encode(tensor_bytes(a), a.element_size()))) for a in flat.values())
+    saved = sum(max(0, a.numel() * a.element_size() - size) for a, size in streams)
+    return num_bytes, saved
 
 
 class Artifact:

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import METHODS
+from assemble import Options, Pair, build
 from deltazip.compress.delta_file import DeltaFile
 from deltazip.compress.scoring.candidates import Candidate, Sizes, find_candidate
 from deltazip.compress.scoring.measure import Bench, How, Row
 from deltazip.compress.scoring.tasks import Task, load_task
-
-from build import Options, Pair, build
+from methods import METHODS
+from plot import is_ours
 
 EXACT_EMBEDDINGS = "+exact-embeddings"
 _INTERVALS = ("accuracy", "difference", "nll", "kl", "top1")
@@ -64,14 +65,16 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.lines: list[dict[str, Any]] = [json.loads(t) for t in texts if _is_whole(t)]
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next((line for line in self.lines if line["key"] == key), None)
+        """The line of a cell; read anew each time, since other processes may add to it."""
+        if not self.path.is_file():
+            return None
+        texts = self.path.read_text(encoding="utf-8").splitlines()
+        lines = (json.loads(text) for text in texts if _is_whole(text))
+        return next((line for line in lines if line["key"] == key), None)
 
     def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
         whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"\n", b"")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + json.dumps(line) + "\n")
@@ -103,6 +106,7 @@ class Comparison:
             embeddings: Options(
                 embeddings,
                 num_samples=args.samples,
+                num_tokens=args.tokens,
                 training_steps=args.training_steps,
                 seed=args.seed,
                 device=args.device,
@@ -113,12 +117,15 @@ class Comparison:
         self.deltas = [parse_delta(text, self.models) for text in args.delta]
         self.methods = select_methods(args.methods)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Measures what is not in the journal. Returns the lines of all cells asked for."""
+    def run(self, part: str = "all") -> list[dict[str, Any]]:
+        """Measures what is not in the journal. Returns the lines of all cells asked for.
+
+        part: all; given, which is what needs no building; or built, which is the methods.
+        """
         lines = []
         for model in self.models:
             bench: Bench | None = None
-            for cell in self.cells(model):
+            for cell in self.cells(model, part):
                 line = self.journal.find(cell.key)
                 if line is None:
                     if bench is None:
@@ -153,7 +160,7 @@ class Comparison:
         )
         return line
 
-    def cells(self, model: Model) -> Iterator[Cell]:
+    def cells(self, model: Model, part: str) -> Iterator[Cell]:
         common: dict[str, Any] = {
             "model": model.name,
             "items": len(model.task.samples),
@@ -161,26 +168,34 @@ class Comparison:
             "engine": self.how.engine,
             "seed": self.how.seed,
         }
-        base = Path(self.args.base)
+        if part != "built":
+            yield from self.given(model, common)
+        if part != "given":
+            yield from self.built(model, common)
+
+    def given(self, model: Model, common: dict[str, Any]) -> Iterator[Cell]:
+        """The fine-tune, the base, which takes no bytes, and finished deltas."""
 
         def nothing() -> Candidate:
-            whole = find_candidate(base, "base")
-            sizes = Sizes(0, 0, whole.sizes.num_linear_weights)
+            whole = find_candidate(Path(self.args.base), "base")
+            sizes = Sizes(0, 0, 0, whole.sizes.num_linear_weights)
             return dataclasses.replace(whole, sizes=sizes)
 
-        yield Cell(
-            common | {"method": "fine-tune"}, partial(find_candidate, model.finetuned, "fine-tune")
-        )
+        itself = partial(find_candidate, model.finetuned, "fine-tune")
+        yield Cell(common | {"method": "fine-tune"}, itself)
         yield Cell(common | {"method": "base"}, nothing)
         for name, label, folder in self.deltas:
             if name == model.name:
-                facts: dict[str, Any] = {"digest": DeltaFile(folder).content_digest}
-                yield Cell(
-                    common | facts | {"method": label}, partial(find_candidate, folder, label)
-                )
+                facts = {"method": label, "digest": DeltaFile(folder).content_digest}
+                yield Cell(common | facts, partial(find_candidate, folder, label))
+
+    def built(self, model: Model, common: dict[str, Any]) -> Iterator[Cell]:
+        """The methods, at each treatment of embeddings."""
         for embeddings, options in self.options.items():
             # Calibration tokens are not needed for cells that are done.
-            pair = functools.cache(partial(Pair, base, model.finetuned, model.calibration, options))
+            pair = functools.cache(
+                partial(Pair, Path(self.args.base), model.finetuned, model.calibration, options)
+            )
             for method in self.methods:
                 label = method + (EXACT_EMBEDDINGS if embeddings == "exact" else "")
                 facts = {"method": label, "options": dataclasses.asdict(options)}
@@ -244,11 +259,14 @@ def write_tables(lines: Sequence[dict[str, Any]], out: Path) -> str:
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         bounds = [f"{key}{end}" for key in _INTERVALS for end in ("", "_low", "_high")]
-        writer.writerow(["model", "method", "total_bytes", "linear_bits", *bounds, "mcnemar_p"])
+        writer.writerow(
+            ["model", "method", "total_bytes", "plain_bytes", "linear_bits", *bounds, "mcnemar_p"]
+        )
         for line in lines:
             row = line["row"]
             values = [v for key in _INTERVALS for v in (row[key] or ("", "", ""))]
-            head = [line["key"]["model"], row["name"], row["total_bytes"], row["linear_bits"]]
+            sizes = [row[key] for key in ("total_bytes", "plain_bytes", "linear_bits")]
+            head = [line["key"]["model"], row["name"], *sizes]
             writer.writerow([*head, *values, "" if row["mcnemar_p"] is None else row["mcnemar_p"]])
     text = "\n".join(_markdown(name, lines) for name in _names(lines))
     (out / "table.md").write_text(text, encoding="utf-8")
@@ -265,13 +283,40 @@ def _markdown(model: str, lines: Sequence[dict[str, Any]]) -> str:
     columns = [("KL", "kl", 1, 5), ("top-1, %", "top1", 100, 2), ("NLL", "nll", 1, 4)]
     if any(row["accuracy"] for row in rows):
         columns += [("accuracy, %", "accuracy", 100, 1), ("to fine-tune", "difference", 100, 1)]
-    out = [f"| {model} | MB | bits | {' | '.join(title for title, *_ in columns)} |"]
-    out.append("|---" * (3 + len(columns)) + "|")
+    out = [f"| {model} | MB | MB plain | bits | {' | '.join(title for title, *_ in columns)} |"]
+    out.append("|---" * (4 + len(columns)) + "|")
     for row in rows:
         cells = [_interval(row[key], scale, digits) for _, key, scale, digits in columns]
-        size = f"{row['total_bytes'] / 1e6:.1f} | {row['linear_bits']:.2f}"
+        megabytes = " | ".join(f"{row[k] / 1e6:.1f}" for k in ("total_bytes", "plain_bytes"))
+        size = f"{megabytes} | {row['linear_bits']:.2f}"
         out.append(f"| {row['name']} | {size} | {' | '.join(cells)} |")
+    out += [""] + [
+        f"{ours}: KL {ratio:.2f} times that of {other}, the best other of no more bytes"
+        for ours, other, ratio in at_equal_bytes(rows)
+    ]
     return "\n".join(out) + "\n"
+
+
+def at_equal_bytes(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
+    """For each delta of ours: the other method of no more bytes that is nearest to the fine-tune.
+
+    Returns ours, the other and ours' KL over the other's. The base, which takes no bytes, is one.
+    """
+    out = []
+    for row in rows:
+        if not is_ours(row["name"]) or not row["kl"]:
+            continue
+        others = [
+            other
+            for other in rows
+            if not is_ours(other["name"])
+            and other["kl"]
+            and other["total_bytes"] <= row["total_bytes"]
+        ]
+        if others:
+            best = min(others, key=lambda other: other["kl"][0])
+            out.append((row["name"], best["name"], row["kl"][0] / max(best["kl"][0], 1e-12)))
+    return out
 
 
 def _interval(interval: Sequence[float] | None, scale: int, digits: int) -> str:
@@ -279,6 +324,24 @@ def _interval(interval: Sequence[float] | None, scale: int, digits: int) -> str:
         return ""
     value, low, high = (f"{scale * part:.{digits}f}" for part in interval)
     return f"{value} [{low}, {high}]"
+
+
+def run_parts(words: list[str], comparison: Comparison, jobs: int) -> None:
+    """Runs the same command with parts of the methods; all write into one journal.
+
+    Small matrices keep neither a GPU nor many cores busy, so methods run side by side. Cells whose
+    process failed are left for the caller, who then shows the error.
+    """
+    me = [sys.executable, str(Path(__file__).resolve()), *words, "--part", "built", "--jobs", "1"]
+    methods = comparison.methods
+    parts = [methods[at::jobs] for at in range(min(jobs, len(methods)))]
+    processes = [
+        subprocess.Popen([*me, "--methods", ",".join(part)], stdout=subprocess.DEVNULL)
+        for part in parts
+    ]
+    comparison.run("given")
+    for process in processes:
+        process.wait()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -300,12 +363,22 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--engine", choices=("torch", "deltazip"), default="torch")
     out.add_argument("--items", type=int, help="of each task, the first so many; all")
     out.add_argument("--compare", type=int, help="items with KL and top-1; all")
-    out.add_argument("--samples", type=int, default=256, help="calibration sequences")
+    out.add_argument("--samples", type=int, default=1024, help="calibration sequences at most")
+    out.add_argument("--tokens", type=int, default=40960, help="calibration tokens at most")
     out.add_argument("--training-steps", type=int, default=200, help="where scales are trained")
     out.add_argument("--batch-size", type=int, default=64)
     out.add_argument("--device", default="cpu")
     out.add_argument("--threads", type=int, default=0, help="0: all cores")
     out.add_argument("--seed", type=int, default=0)
+    out.add_argument(
+        "--jobs", type=int, default=1, help="processes, each with a part of the methods"
+    )
+    out.add_argument(
+        "--part",
+        choices=("all", "given", "built"),
+        default="all",
+        help="given: fine-tune, base and deltas; built: the methods; no table of a part",
+    )
     out.add_argument("--keep", action="store_true", help="leave built models in OUT/built")
     out.add_argument("--out", required=True)
     return out
@@ -317,10 +390,13 @@ def main(words: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     try:
         comparison = Comparison(args)
-        lines = comparison.run()
+        if args.jobs > 1:
+            run_parts(list(sys.argv[1:] if words is None else words), comparison, args.jobs)
+        lines = comparison.run(args.part)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(write_tables(lines, comparison.out))
+    if args.part == "all":
+        print(write_tables(lines, comparison.out))
 
 
 if __name__ == "__main__":

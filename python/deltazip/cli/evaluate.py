@@ -93,11 +93,17 @@ def _show(rows: list[Row], about: dict[str, Any], as_json: bool) -> None:
         caption=", ".join(f"{key} {about[key]}" for key in ("compared", "engine", "seed")),
     )
     table.add_column("")
-    for title in ("MB", "bits of linears", *(title for title, _, _ in _INTERVAL_COLUMNS)):
+    for title in (
+        "MB",
+        "MB plain",
+        "bits of linears",
+        *(title for title, _, _ in _INTERVAL_COLUMNS),
+    ):
         table.add_column(title, justify="right")
     table.add_column("McNemar p", justify="right")
     for row in rows:
-        cells = [f"{row.total_bytes / 1e6:.1f}", f"{row.linear_bits:.2f}"]
+        cells = [f"{part / 1e6:.1f}" for part in (row.total_bytes, row.plain_bytes)]
+        cells.append(f"{row.linear_bits:.2f}")
         cells += [_interval(getattr(row, key), scale) for _, key, scale in _INTERVAL_COLUMNS]
         p_value = "" if row.mcnemar_p is None else f"{row.mcnemar_p:.2g}"
         table.add_row(row.name, *cells, p_value)

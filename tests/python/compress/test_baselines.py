@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 import artifact
+import assemble
 import baselines
 import pytest
 import torch
 from artifact import Artifact, Codes
-from baselines import METHODS, Context
+from baselines import Context
 from deltazip.compress.checkpoint import Checkpoint
 from deltazip.compress.scoring.candidates import find_candidate, is_linear
 from deltazip.compress.scoring.closeness import load_model
+from methods import METHODS
 from torch import Tensor
-
-import build
 
 ROWS, COLUMNS = 24, 128
 
@@ -63,7 +63,8 @@ def test_artifacts_weigh_and_stand_for_what_was_encoded(
     path = tmp_path / "artifact.safetensors"
     coded = METHODS[name].encode([delta, delta[:4]], context(hessian))
     named = {"a": coded[0], "b": coded[1]}
-    num_bytes = artifact.write_artifact(path, named, {"a": True, "b": False})
+    num_bytes, saved = artifact.write_artifact(path, named, {"a": True, "b": False})
+    assert 0 <= saved < sum(num_bytes.values())
     header = int.from_bytes(path.read_bytes()[:8], "little")
     assert sum(num_bytes.values()) + 8 + header == path.stat().st_size
     base = torch.ones(ROWS, COLUMNS)
@@ -197,16 +198,17 @@ def test_built_folders(
     name: str, embeddings: str, pair: tuple[Path, Path], samples: Path, tmp_path: Path
 ) -> None:
     """The whole model is base + delta or the weights; its declared bytes are the file's."""
-    options = build.Options(embeddings, num_samples=30, training_steps=2)
-    made = build.Pair(*pair, samples, options)
-    folder = build.build(made, METHODS[name], tmp_path / name)
+    options = assemble.Options(embeddings, num_samples=30, training_steps=2)
+    made = assemble.Pair(*pair, samples, options)
+    folder = assemble.build(made, METHODS[name], tmp_path / name)
     candidate = find_candidate(folder)
     declared = json.loads((folder / "size.json").read_text())
-    assert candidate.sizes.total_bytes == (folder / build.ARTIFACT).stat().st_size
+    assert candidate.sizes.plain_bytes == (folder / assemble.ARTIFACT).stat().st_size
+    assert 0 < candidate.sizes.total_bytes <= candidate.sizes.plain_bytes
     assert declared["embedding_bytes"] == (131 * (24 + 2) if embeddings == "int4" else 131 * 48 * 4)
     assert not list(folder.glob("*.partial"))
     base, whole, tuned = Checkpoint(pair[0]), Checkpoint(folder), Checkpoint(pair[1])
-    stored = Artifact(folder / build.ARTIFACT)
+    stored = Artifact(folder / assemble.ARTIFACT)
     assert set(stored.matrices) == set(made.names)
     moved = gone = 0.0
     for tensor in made.names:
@@ -223,7 +225,7 @@ def test_built_folders(
 
 
 def test_trained_scales_come_closer(pair: tuple[Path, Path], samples: Path, tmp_path: Path) -> None:
-    def distance(folder: Path, made: build.Pair) -> float:
+    def distance(folder: Path, made: assemble.Pair) -> float:
         models = [load_model(path, None) for path in (folder, pair[1])]
         with torch.inference_mode():
             logits = [
@@ -232,8 +234,8 @@ def test_trained_scales_come_closer(pair: tuple[Path, Path], samples: Path, tmp_
         return float((logits[0] - logits[1]).square().mean())
 
     def made(steps: int) -> float:
-        options = build.Options(num_samples=30, training_steps=steps)
-        pair_ = build.Pair(*pair, samples, options)
-        return distance(build.build(pair_, METHODS["bitdelta"], tmp_path / str(steps)), pair_)
+        options = assemble.Options(num_samples=30, training_steps=steps)
+        pair_ = assemble.Pair(*pair, samples, options)
+        return distance(assemble.build(pair_, METHODS["bitdelta"], tmp_path / str(steps)), pair_)
 
     assert made(40) < 0.98 * made(0)

@@ -74,6 +74,16 @@ def test_a_table_and_its_resumption(
     assert len(built) == 4
 
 
+def test_methods_side_by_side(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare.main([*words, "--quick"])
+    alone = [line["row"] for line in read(out)]
+    (out / "cells.jsonl").unlink()
+    compare.main([*words, "--quick", "--threads", "1", "--jobs", "2"])
+    assert [line["row"] for line in read(out)] == alone
+    assert len((out / "cells.jsonl").read_text().splitlines()) == len(alone)
+
+
 def test_generated_answers_are_the_engines_too(words: list[str], tmp_path: Path) -> None:
     answers = []
     for engine in ("torch", "deltazip"):
@@ -97,6 +107,20 @@ def test_generated_answers_are_the_engines_too(words: list[str], tmp_path: Path)
 def test_mistakes(words: list[str], more: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: .*" + message.replace(".", r"\.")):
         compare.main([*words, "--quick", *more])
+
+
+def test_at_equal_bytes() -> None:
+    rows = [
+        {"name": name, "total_bytes": size, "kl": [kl, kl, kl]}
+        for name, size, kl in [
+            ("deltazip-int2", 100, 0.1), ("deltazip-paper-2", 100, 0.4), ("svd-9", 90, 0.2),
+            ("gptq-4", 101, 0.01), ("base", 0, 5.0), ("deltazip-ternary", 80, 0.5),
+        ]
+    ]  # fmt: skip
+    assert compare.at_equal_bytes(rows) == [
+        ("deltazip-int2", "svd-9", 0.5),
+        ("deltazip-ternary", "base", 0.1),
+    ]
 
 
 def test_the_frontier_by_hand() -> None:

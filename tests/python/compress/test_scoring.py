@@ -88,6 +88,16 @@ def test_sizes_are_of_files(tmp_path: Path, pair: tuple[Path, Path], samples: Pa
     (out / "tokenizer_config.json").write_text("{}")
     grown = find_candidate(out, "grown")
     assert (grown.name, grown.sizes.total_bytes) == ("grown", delta.sizes.total_bytes + 2)
+    plain = tmp_path / "plain"
+    settings = Settings(format="int2", group_size=32, num_samples=30)
+    compress(*pair, plain, samples, settings, lossless="none")
+    unpacked = find_candidate(plain).sizes
+    assert unpacked.plain_bytes == unpacked.total_bytes == (plain / FILE_NAME).stat().st_size
+    assert delta.sizes.total_bytes < delta.sizes.plain_bytes
+    assert delta.sizes.plain_bytes == pytest.approx(
+        unpacked.total_bytes, rel=0.2
+    )  # but for headers
+    assert delta.sizes.linear_bits == unpacked.linear_bits
     weights, linear = 0, 0
     for rows, columns in 3 * [(48, 48), (16, 48), (16, 48), (48, 48), (80, 48), (80, 48), (48, 80)]:
         weights += rows * columns
@@ -112,7 +122,7 @@ def test_a_whole_model_declares_its_bytes(tmp_path: Path, pair: tuple[Path, Path
     with pytest.raises(CandidateError, match="expected total_bytes and linear_bytes"):
         find_candidate(folder)
     declared.write_text(json.dumps({"total_bytes": 900, "linear_bytes": 901}))
-    with pytest.raises(CandidateError, match="linear_bytes is 901, expected 0 to"):
+    with pytest.raises(CandidateError, match="linear_bytes is 901, expected 0 to all bytes, 900"):
         find_candidate(folder)
     with pytest.raises(CandidateError, match=r"a model folder with config\.json"):
         find_candidate(tmp_path)

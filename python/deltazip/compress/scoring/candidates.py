@@ -33,11 +33,13 @@ class Sizes:
 
     Attributes:
         total_bytes: everything in the folder: embeddings, norms, scales, headers, tokenizer.
-        linear_bytes: of the decoder layers' linear weights: codes, places, scales.
+        plain_bytes: the same without the lossless stage: what is served.
+        linear_bytes: of the decoder layers' linear weights: codes, places, scales, as served.
         num_linear_weights: of the model, whether they moved or not.
     """
 
     total_bytes: int
+    plain_bytes: int
     linear_bytes: int
     num_linear_weights: int
 
@@ -87,9 +89,12 @@ def _delta_sizes(path: Path) -> Sizes:
     file = DeltaFile(path)
     linears = [name for name in file.entries if is_linear(name)]
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    total = sum(f.stat().st_size for f in files)
+    saved = sum(file.decoded_bytes(name) - file.stored_bytes(name) for name in file.entries)
     return Sizes(
-        sum(f.stat().st_size for f in files),
-        sum(file.stored_bytes(name) for name in linears),
+        total,
+        total + saved,
+        sum(file.decoded_bytes(name) for name in linears),
         sum(file.entries[name].shape[0] * file.entries[name].shape[1] for name in linears),
     )
 
@@ -100,16 +105,18 @@ def _whole_sizes(path: Path) -> Sizes:
     num_weights = sum(info.shape[0] * info.shape[1] for info in linears)
     declared = path / SIZE_FILE
     if not declared.is_file():
-        return Sizes(checkpoint.files_bytes, sum(info.num_bytes for info in linears), num_weights)
+        own = checkpoint.files_bytes
+        return Sizes(own, own, sum(info.num_bytes for info in linears), num_weights)
     try:
         content = json.loads(declared.read_text(encoding="utf-8"))
         total, linear = int(content["total_bytes"]), int(content["linear_bytes"])
+        plain = int(content.get("plain_bytes", total))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise CandidateError(
             f"{declared}: expected total_bytes and linear_bytes, got {error!r}"
         ) from error
-    if not 0 <= linear <= total:
+    if total < 0 or not 0 <= linear <= plain:
         raise CandidateError(
-            f"{declared}: linear_bytes is {linear}, expected 0 to total_bytes, {total}"
+            f"{declared}: linear_bytes is {linear}, expected 0 to all bytes, {plain}"
         )
-    return Sizes(total, linear, num_weights)
+    return Sizes(total, plain, linear, num_weights)

@@ -105,8 +105,8 @@ class Reference:
         return len(self._states)
 
     def logits(self, index: int) -> Tensor:
-        """[answer tokens + 1, vocabulary] float32, on the CPU."""
-        logits: Tensor = self._head(self._states[index].to(self._device)).float().cpu()
+        """[answer tokens + 1, vocabulary] float32, on the model's device."""
+        logits: Tensor = self._head(self._states[index].to(self._device)).float()
         return logits
 
 
@@ -160,7 +160,7 @@ def closeness(
         for chosen in _batches(encoded):
             states = _answer_states(model, [encoded[i] for i in chosen])
             for index, hidden in zip(chosen, states, strict=True):
-                ours = model.lm_head(hidden).float().cpu()
+                ours = model.lm_head(hidden).float()
                 is_compared = reference is not None and index < len(reference)
                 theirs = reference.logits(index) if reference is not None and is_compared else None
                 items[index] = _compare(encoded[index], end, ours, theirs)

@@ -68,6 +68,7 @@ class Row:
     """What one candidate scored. None: not measured.
 
     Attributes:
+        total_bytes, plain_bytes, linear_bits: see candidates.Sizes.
         accuracy: share of right answers, Wilson's interval.
         difference: accuracy less the fine-tune's on the same items, in pairs.
         mcnemar_p: probability of such a difference if both were equally good.
@@ -79,6 +80,7 @@ class Row:
 
     name: str
     total_bytes: int
+    plain_bytes: int
     linear_bits: float
     accuracy: Interval | None
     difference: Interval | None
@@ -152,6 +154,7 @@ class Bench:
         return Row(
             candidate.name,
             candidate.sizes.total_bytes,
+            candidate.sizes.plain_bytes,
             candidate.sizes.linear_bits,
             accuracy=wilson(sum(right), len(right)) if right else None,
             difference=paired_difference(right, theirs) if right and theirs else None,

@@ -39,13 +39,14 @@ class Options:
     Attributes:
         embeddings: int4 rounds the delta of the embedding and of an untied head to four bits, as
             deltazip does; exact keeps the fine-tune's own, as most papers do.
-        num_samples: calibration sequences at most.
+        num_samples, num_tokens: calibration sequences and tokens at most.
         training_steps: of methods that train scales.
         seed: of the calibration sequences' choice, of random dropping and of training.
     """
 
     embeddings: str = "int4"
-    num_samples: int = 256
+    num_samples: int = 1024
+    num_tokens: int = 40960
     max_length: int = 1024
     damping: float = 0.01
     training_steps: int = 200
@@ -62,6 +63,7 @@ class Options:
             embedding_format=self.embeddings,
             embedding_group_size=_EMBEDDING_GROUP,
             num_samples=self.num_samples,
+            num_tokens=self.num_tokens,
             max_length=self.max_length,
             damping=self.damping,
             seed=self.seed,
@@ -79,6 +81,7 @@ class Pair:
             calibration.load_tokenizer(finetuned),
             calibration.load_samples(calibration_file),
             num_samples=options.num_samples,
+            max_tokens=options.num_tokens,
             max_length=options.max_length,
             seed=options.seed,
         )
@@ -143,8 +146,8 @@ class Walk(Run):
                 tuned = self.models.read(name)[1]
                 running[name.removeprefix(prefix)] = tuned.float().to(self.device)
 
-        def settle(linears: Iterable[str], hessian: HessianSum) -> None:
-            context = self.context._replace(hessian=hessian.value())
+        def settle(linears: Iterable[str], sums: HessianSum) -> None:
+            context = self.context._replace(hessian=sums.value())
             names = [f"{prefix}{linear}.weight" for linear in linears]
             self.coded |= _encode(self.method, self.models, names, context, self.device)
             for name in names:
@@ -209,9 +212,11 @@ def build(pair: Pair, method: Method, folder: Path) -> Path:
 
 def _write(pair: Pair, method: Method, coded: Mapping[str, Coded], folder: Path) -> None:
     on_delta = {n: method.on_delta if is_linear(n) else isinstance(coded[n], Codes) for n in coded}
-    num_bytes = write_artifact(folder / ARTIFACT, coded, on_delta)
+    num_bytes, saved = write_artifact(folder / ARTIFACT, coded, on_delta)
+    file_bytes = (folder / ARTIFACT).stat().st_size
     size = {
-        "total_bytes": (folder / ARTIFACT).stat().st_size,
+        "total_bytes": file_bytes - saved,
+        "plain_bytes": file_bytes,
         "linear_bytes": sum(count for name, count in num_bytes.items() if is_linear(name)),
         "embedding_bytes": sum(num_bytes.get(n, 0) for n in (llama.EMBEDDING, llama.HEAD)),
         "method": method.name,
