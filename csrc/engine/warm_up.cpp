@@ -1,6 +1,7 @@
 #include "engine/warm_up.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <vector>
 
@@ -11,11 +12,17 @@ using Clock = std::chrono::steady_clock;
 
 // What is not recorded until then is recorded when it first comes.
 constexpr double kMaxSeconds = 10.0;
-// Fewer rows are a decode's; from here on a step's products are chosen by the power of two.
-constexpr std::int32_t kLeastPrefillRows = 64;
+// Fewer rows are a decode's. A device's library chooses products by the number of rows: its choices
+// are asked for at quarters of an octave, and from kManyRows on at whole ones.
+constexpr std::int32_t kLeastPrefillRows = 64, kQuartersFrom = 128, kManyRows = 2048;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+std::int32_t next_prefill_rows(std::int32_t rows) {
+  if (rows < kQuartersFrom || rows >= kManyRows) return 2 * rows;
+  return rows + static_cast<std::int32_t>(std::bit_floor(static_cast<std::uint32_t>(rows))) / 4;
 }
 
 // All sizes that decode steps are padded to.
@@ -51,7 +58,7 @@ void warm_up(Resources& resources, const LogSink& log) {
   KvCache& kv = *resources.kv;
 
   for (std::int32_t rows = std::min(kLeastPrefillRows, config.max_batch_tokens);;
-       rows = std::min(2 * rows, config.max_batch_tokens)) {
+       rows = std::min(next_prefill_rows(rows), config.max_batch_tokens)) {
     sample(resources, model.rehearse_prefill(rows, kv, *stream), *stream);
     if (rows == config.max_batch_tokens) break;
   }
