@@ -18,6 +18,12 @@ inline constexpr int kStageWeightBytes = 16 * 1024;
 // do nothing, for more than half of the registers. 48 KB in flight per SM saturate HBM3.
 enum class Form : std::uint8_t { kDeep, kWide };
 constexpr int ring_bytes(Form form) { return (form == Form::kDeep ? 115 : 102) * 1024; }
+// Of a multiprocessor; a CTA takes 1 KB beside what it asks for, and 1 KB aligns its ring.
+inline constexpr int kSmSharedBytes = 228 * 1024;
+constexpr int shared_bytes(Form form) { return ring_bytes(form) + 2 * 1024; }
+static_assert(2 * shared_bytes(Form::kDeep) > kSmSharedBytes);
+static_assert(shared_bytes(Form::kDeep) + shared_bytes(Form::kWide) <= kSmSharedBytes - 4 * 1024);
+// At 64 registers a thread up to 16 rows, 88 up to 32, 112 beyond: more than half of 65536.
 constexpr int wide_threads(int tokens) { return tokens <= 16 ? 544 : tokens <= 32 ? 384 : 320; }
 
 // A share smaller than this costs more to add up than it saves to read.
