@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "inspection",
     "evaluate": "evaluate",
     "export": "export",
+    "import": "importing",
     "pack": "packing",
     "unpack": "unpacking",
     "bench": "bench",

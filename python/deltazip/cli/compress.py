@@ -27,12 +27,17 @@ def command(
         Path | None,
         typer.Option(help="What the fine-tune is asked: a .jsonl of conversations, or plain text."),
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="int4, int2 or ternary.")] = "int4",
+    format_: Annotated[
+        str, typer.Option("--format", help="int4, int2, ternary, dense4 or dense8.")
+    ] = "int4",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     embedding_format: Annotated[str, typer.Option(help="int4, int8 or exact.")] = "int4",
     embedding_group_size: Annotated[
         int, typer.Option(help="The same, of embeddings. 0: what suits the format.")
     ] = 0,
+    embedding_step: Annotated[
+        float, typer.Option(help="No finer than this share of its rms movement. -1: what suits.")
+    ] = -1.0,
     samples: Annotated[int, typer.Option(help="Calibration sequences at most.")] = 1024,
     tokens: Annotated[int, typer.Option(help="Calibration tokens at most, roughly.")] = 40960,
     max_length: Annotated[int, typer.Option(help="Tokens of each at most.")] = 1024,
@@ -63,6 +68,7 @@ def command(
             group_size=group_size,
             embedding_format=embedding_format,
             embedding_group_size=embedding_group_size,
+            embedding_step=embedding_step,
             num_samples=samples,
             num_tokens=tokens,
             max_length=max_length,

@@ -164,6 +164,10 @@ class Checkpoint:
         return [self.folder / name for name in names]
 
     @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
     def architecture(self) -> str:
         names = self.config.get("architectures") or ["unknown"]
         return str(names[0])

@@ -6,8 +6,9 @@ import dataclasses
 import resource
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class Result:
 
 def compress(
     base: Path,
-    finetuned: Path,
+    finetuned: Path | Checkpoint,
     out: Path,
     calibration_file: Path,
     settings: Settings,
@@ -83,9 +84,10 @@ def compress(
     packed.check_codec(lossless)
     if (out / FILE_NAME).exists() and not overwrite:
         raise CompressError(f"{out / FILE_NAME} is there already; remove it or pass --overwrite")
-    models = Models(Checkpoint(base), Checkpoint(finetuned))
-    shape = check_pair(models.base, models.finetuned)
-    tokenizer = calibration.load_tokenizer(finetuned)
+    tuned = finetuned if isinstance(finetuned, Checkpoint) else Checkpoint(finetuned)
+    models = Models(Checkpoint(base), tuned)
+    shape = check_pair(models.base, tuned)
+    tokenizer = calibration.load_tokenizer(tuned.folder)
     sequences = calibration.calibration_sequences(
         tokenizer,
         calibration.load_samples(calibration_file),
@@ -100,7 +102,7 @@ def compress(
     width = max(shape.hidden, shape.num_heads * shape.head_dim)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Pieces, packed streams and the file lie side by side at the end.
-    _check_disk(out.parent, 3 * estimate_file_bytes(planned) + 6 * 4 * num_tokens * width)
+    check_disk(out.parent, 3 * estimate_file_bytes(planned) + 6 * 4 * num_tokens * width)
     progress("reading the base's digest", 0.0)
     base_digest = models.base.digest()
     progress("reading the fine-tune's digest", 0.0)
@@ -111,13 +113,39 @@ def compress(
     run = Run(models, shape, settings, workspace, sequences, torch.device(device), progress)
     with torch.inference_mode():
         run.all_pieces({p.name for p in planned})
+    facts = {"calibration_sequences": len(sequences), "calibration_tokens": num_tokens}
+    return finish(
+        base, tuned, out, workspace, settings, models, base_digest, started,
+        lossless=lossless, facts=facts, progress=progress,
+    )  # fmt: skip
+
+
+def finish(
+    base: Path,
+    tuned: Checkpoint,
+    out: Path,
+    workspace: Workspace,
+    settings: Settings,
+    models: Models,
+    base_digest: str,
+    started: float,
+    *,
+    lossless: str,
+    facts: Mapping[str, Any],
+    progress: Progress,
+) -> Result:
+    """The artifact from a workspace that has every piece; the workspace goes.
+
+    facts: what the report says beside sizes and errors.
+    """
+    planned = plan_tensors(models.base, LlamaShape(models.base), settings)
     entries, stored, report = workspace.collect()
     missing = {p.name for p in planned} ^ set(entries)
     if missing:
         raise CompressError(f"tensor '{min(missing)}' was not compressed: this is a bug")
     progress("writing", 1.0)
     out.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizer(base, finetuned, out)
+    _copy_tokenizer(base, tuned.folder, out)
     errors = [row["error"] for row in report.values() if "error" in row]
     mean_error = sum(errors) / len(errors) if errors else 0.0
     digest = write_delta(
@@ -130,10 +158,9 @@ def compress(
             "version": __version__,
             "settings": dataclasses.asdict(settings),
             "report": {
-                "finetuned": finetuned.resolve().name,
-                "finetuned_bytes": models.finetuned.files_bytes,
-                "calibration_sequences": len(sequences),
-                "calibration_tokens": num_tokens,
+                "finetuned": tuned.name,
+                "finetuned_bytes": tuned.files_bytes,
+                **facts,
                 "mean_error": round(mean_error, 6),
                 "tensors": report,
             },
@@ -145,7 +172,7 @@ def compress(
         out / FILE_NAME,
         digest,
         (out / FILE_NAME).stat().st_size,
-        models.finetuned.files_bytes,
+        tuned.files_bytes,
         mean_error,
         time.monotonic() - started,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -160,7 +187,7 @@ def _check_ids(sequences: Iterable[tuple[int, ...]], shape: LlamaShape, path: Pa
         )
 
 
-def _check_disk(folder: Path, needed_bytes: int) -> None:
+def check_disk(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise CompressError(

@@ -16,6 +16,8 @@ FORMATS = {
     "int4": DeltaType.SPARSE24_INT4,
     "int2": DeltaType.SPARSE24_INT2,
     "ternary": DeltaType.SPARSE24_TERNARY,
+    "dense4": DeltaType.DENSE_INT4,
+    "dense8": DeltaType.DENSE_INT8,
 }
 EMBEDDING_FORMATS = {
     "int4": DeltaType.DENSE_INT4,
@@ -23,9 +25,18 @@ EMBEDDING_FORMATS = {
     "exact": DeltaType.REPLACED,
 }
 # Two bits leave the embedding, which is not sparse, most of the file: longer groups save there.
-EMBEDDING_GROUP_SIZES = {"int4": 64, "int2": 192, "ternary": 64}
+EMBEDDING_GROUP_SIZES = {"int2": 192}
+_EMBEDDING_GROUP_SIZE = 64
+# What packing makes of rows that hardly moved; docs/compression.md has what each step costs.
+EMBEDDING_STEPS = {"int2": 0.5, "ternary": 0.5}
+_EMBEDDING_STEP = 0.25
 # Roughly what a stored tensor and a manifest row take in the header.
 _HEADER_BYTES_PER_TENSOR = 120
+
+_VOCABULARY_HINT = (
+    ": an engine serves one vocabulary. Give the base as many rows (resize_token_embeddings) and "
+    "make all its deltas from that"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +44,13 @@ class Settings:
     """The user's choices; see docs/compression.md for what each costs and buys.
 
     Attributes:
-        format: int4, int2 or ternary: of the linear layers, 2:4 sparse.
+        format: of the linear layers: int4, int2 or ternary, 2:4 sparse; dense4 or dense8.
         group_size: input features that share a scale, a multiple of 32.
         embedding_format: int4, int8 or exact: of embeddings and an untied lm_head, dense.
         embedding_group_size: as group_size, for those; 0 takes what suits the format.
+        embedding_step: no group of an embedding is rounded finer than this share of how far its
+            elements moved (root mean square): little is spent on rows that hardly moved. 0: each as
+            finely as it allows; -1 takes what suits the format.
         num_samples: calibration sequences at most.
         num_tokens: calibration tokens, roughly, at most.
         max_length: tokens of a calibration sequence at most.
@@ -49,6 +63,7 @@ class Settings:
     group_size: int = 64
     embedding_format: str = "int4"
     embedding_group_size: int = 0
+    embedding_step: float = -1.0
     num_samples: int = 1024
     num_tokens: int = 40960
     max_length: int = 1024
@@ -66,12 +81,20 @@ class Settings:
                 f"'{self.embedding_format}'"
             )
         if self.embedding_group_size == 0:
-            object.__setattr__(self, "embedding_group_size", EMBEDDING_GROUP_SIZES[self.format])
+            size = EMBEDDING_GROUP_SIZES.get(self.format, _EMBEDDING_GROUP_SIZE)
+            object.__setattr__(self, "embedding_group_size", size)
         pack.check_group_size(self.group_size)
         pack.check_group_size(self.embedding_group_size)
         for name in ("num_samples", "num_tokens", "max_length", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.embedding_step == -1.0:
+            step = EMBEDDING_STEPS.get(self.format, _EMBEDDING_STEP)
+            if self.embedding_format != "int4":
+                step = 0.0  # eight bits are asked for to be exact
+            object.__setattr__(self, "embedding_step", step)
+        if not 0.0 <= self.embedding_step <= 100.0:
+            raise ValueError(f"embedding step must be from 0 to 100, got {self.embedding_step}")
         if not 0.0 < self.damping <= 1.0:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
         if not 0.0 <= self.correction <= 1.0:
@@ -144,6 +167,7 @@ def check_pair(base: Checkpoint, finetuned: Checkpoint) -> LlamaShape:
         if got != want:
             raise CheckpointError(
                 f"{finetuned.folder}: config.json: {key} is {got}, the base has {want}"
+                + (_VOCABULARY_HINT if key == "vocab_size" else "")
             )
     for name, wanted in shape.tensors().items():
         for checkpoint, who in ((base, "base"), (finetuned, "fine-tune")):

@@ -19,7 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltazip.compress.choosers import Chooser, chooser_for, fp16_scales
+from deltazip.compress.choosers import (
+    FULL_SCALE_BITS,
+    SCALE_BITS,
+    Chooser,
+    chooser_for,
+    fp16_scales,
+)
 from deltazip.compress.pack import DeltaType, QuantizedMatrix, check_group_size
 
 # Columns whose errors reach all later ones at once: small for the cache, large for the product.
@@ -40,6 +46,11 @@ class Spec:
 
     type: DeltaType
     group_size: int
+
+    @property
+    def scale_bits(self) -> int:
+        """Mantissa bits of a refitted scale."""
+        return FULL_SCALE_BITS if self.type is DeltaType.DENSE_INT8 else SCALE_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +171,7 @@ def _solve_rows(delta: Tensor, factor: Factor, spec: Spec) -> _Part:
     target = torch.nn.functional.pad(delta, (0, factor.hessian.shape[0] - columns))
     chooser = chooser_for(spec.type, delta.device)
     values, kept, scales = _sweep(target, factor, spec, chooser)
-    scales, lost = _refit_scales(target, values, scales, factor, spec.group_size)
+    scales, lost = _refit_scales(target, values, scales, factor, spec)
     has_pairs = spec.type in (DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2)
     matrix = QuantizedMatrix(
         spec.type,
@@ -225,13 +236,13 @@ def _sweep(
 
 
 def _refit_scales(
-    target: Tensor, values: Tensor, scales: Tensor, factor: Factor, group_size: int
+    target: Tensor, values: Tensor, scales: Tensor, factor: Factor, spec: Spec
 ) -> tuple[Tensor, float]:
     """Scales that lose least on the calibration inputs given the values, group after group.
 
     Returns the scales and what is lost, sum over rows of (delta - compressed) H (...)^T.
     """
-    hessian, columns = factor.hessian, target.shape[1]
+    hessian, columns, group_size = factor.hessian, target.shape[1], spec.group_size
     scales = scales.clone()
     difference = target - _expand(scales, group_size, columns) * values
     for _ in range(_REFIT_SWEEPS):
@@ -242,7 +253,7 @@ def _refit_scales(
             reach = ours @ hessian[part]  # [rows, columns]
             curvature = (reach[:, part] * ours).sum(dim=1)
             step = (gradient[:, part] * ours).sum(dim=1) / curvature.clamp(min=1e-30)
-            wanted = fp16_scales(scales[:, number] + step)
+            wanted = fp16_scales(scales[:, number] + step, spec.scale_bits)
             # A scale that would vanish or turn its sign stays: the values were chosen for it.
             better = (wanted > 0) & (curvature > 0)
             wanted = torch.where(better, wanted, scales[:, number])
@@ -253,12 +264,14 @@ def _refit_scales(
     return scales, max(float(((difference @ hessian) * difference).sum()), 0.0)
 
 
-def round_to_nearest(deltas: Iterable[Tensor], spec: Spec) -> Solved:
+def round_to_nearest(deltas: Iterable[Tensor], spec: Spec, least_scale: float = 0.0) -> Solved:
     """Compresses a dense matrix whose rows are looked up rather than multiplied: no Hessian.
 
     Args:
         deltas: the matrix in runs of rows, each [rows, columns].
         spec: of a dense type.
+        least_scale: no group is rounded finer. One that moved less becomes zeros, which a packed
+            file holds in almost nothing: an error is as large anywhere, bits go to what moved.
 
     Raises:
         ValueError: the type is not dense.
@@ -268,6 +281,7 @@ def round_to_nearest(deltas: Iterable[Tensor], spec: Spec) -> Solved:
     values: list[Tensor] = []
     scales: list[Tensor] = []
     lost = norm = 0.0
+    least = float(fp16_scales(torch.tensor(least_scale)))
     for delta in deltas:
         chooser = chooser_for(spec.type, delta.device)
         rows, columns = delta.shape
@@ -280,9 +294,10 @@ def round_to_nearest(deltas: Iterable[Tensor], spec: Spec) -> Solved:
             scale = chooser.search_scale(window, uniform)
             whole = chooser.nearest(window, scale[:, None])
             refit = (window * whole).sum(dim=1) / whole.square().sum(dim=1).clamp(min=1.0)
-            refit = fp16_scales(refit)
-            found[:, number] = torch.where(refit > 0, refit, scale)
-            rounded[:, part] = whole
+            refit = fp16_scales(refit, spec.scale_bits)
+            scale = torch.where(refit > 0, refit, scale).clamp(min=least)
+            found[:, number] = scale
+            rounded[:, part] = chooser.nearest(window, scale[:, None])
         difference = delta - rounded * _expand(found, spec.group_size, columns)
         lost += float(difference.square().sum())
         norm += float(delta.square().sum())

@@ -11,7 +11,7 @@ Source: Li et al., GPTAQ (2025), for the inputs' drift; the residual stream's is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -167,11 +167,16 @@ class Run:
         if not type_.is_matrix or torch.equal(base.float(), tuned.float()):
             piece.exact(llama.EMBEDDING, base, tuned)
             return None
-        deltas = (
-            (tuned[at : at + _ROWS_AT_ONCE].float() - base[at : at + _ROWS_AT_ONCE].float())
-            for at in range(0, base.shape[0], _ROWS_AT_ONCE)
-        )
-        solved = round_to_nearest(deltas, Spec(type_, self.settings.embedding_group_size))
+
+        def deltas() -> Iterator[Tensor]:
+            for at in range(0, base.shape[0], _ROWS_AT_ONCE):
+                rows = slice(at, at + _ROWS_AT_ONCE)
+                yield tuned[rows].float() - base[rows].float()
+
+        energy = sum(float(delta.square().sum(dtype=torch.float64)) for delta in deltas())
+        least_scale = self.settings.embedding_step * (energy / base.numel()) ** 0.5
+        spec = Spec(type_, self.settings.embedding_group_size)
+        solved = round_to_nearest(deltas(), spec, least_scale)
         piece.matrix(llama.EMBEDDING, solved)
         return solved
 

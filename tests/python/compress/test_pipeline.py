@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deltazip import LLM, SamplingParams
 from deltazip.compress import activations, calibration, llama, pipeline
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import FILE_NAME, DeltaFile, DeltaFileError
@@ -195,8 +196,28 @@ def test_what_did_not_move_takes_no_bytes(
     file = DeltaFile(tmp_path / "out")
     unchanged = {n for n, e in file.entries.items() if e.type is DeltaType.UNCHANGED}
     assert unchanged == set(same)
-    compress((pair[0], pair[0]), tmp_path / "none", samples)
-    assert not DeltaFile(tmp_path / "none").stored
+
+
+def test_a_delta_of_nothing_is_tiny_and_is_the_base(
+    tmp_path: Path, pair: tuple[Path, Path], samples: Path
+) -> None:
+    result = compress((pair[0], pair[0]), tmp_path / "none", samples)
+    file = DeltaFile(tmp_path / "none")
+    assert not file.stored
+    assert result.file_bytes < 250 * len(file.entries)  # a row of the manifest for each
+    export(pair[0], tmp_path / "none", tmp_path / "whole")
+    base = load_file(pair[0] / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(tensor, base[name])
+    ids = [1, 4, 6, 7, 2, 1, 5, 9]
+    with LLM(pair[0], variants={"same": tmp_path / "none"}, num_threads=1) as llm:
+        answers = [
+            llm.generate([ids], SamplingParams(temperature=0, max_tokens=8), name)[0]
+            .outputs[0]
+            .token_ids
+            for name in ("", "same")
+        ]
+    assert answers[0] == answers[1]
 
 
 def test_same_input_same_file(tmp_path: Path, pair: tuple[Path, Path], samples: Path) -> None:
@@ -323,7 +344,7 @@ def test_unfit_weights_are_refused(
     ("key", "value", "message"),
     [
         ("architectures", ["MistralForCausalLM"], "MistralForCausalLM"),
-        ("vocab_size", 99, "vocab_size is 99, the base has 131"),
+        ("vocab_size", 99, "vocab_size is 99, the base has 131: an engine serves one vocabulary"),
         ("num_hidden_layers", 2, "num_hidden_layers is 2, the base has 3"),
         ("tie_word_embeddings", False, "tie_word_embeddings is False, the base has True"),
         ("rms_norm_eps", 0.5, "rms_norm_eps is 0.5"),
@@ -348,7 +369,7 @@ def test_too_little_calibration_is_refused(tmp_path: Path, pair: tuple[Path, Pat
 
 def test_settings_are_checked() -> None:
     for wrong, message in (
-        ({"format": "int3"}, "one of int4, int2, ternary, got 'int3'"),
+        ({"format": "int3"}, "one of int4, int2, ternary, dense4, dense8, got 'int3'"),
         ({"group_size": 50}, "multiple of 32, got 50"),
         ({"embedding_format": "ternary"}, "one of int4, int8, exact"),
         ({"damping": 0.0}, "damping must be in"),

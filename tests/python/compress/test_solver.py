@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from deltazip.compress.choosers import PairChooser, chooser_for
+from deltazip.compress.choosers import PairChooser, chooser_for, fp16_scales
 from deltazip.compress.pack import TERNARY_STATES, DeltaType, pack, unpack
 from deltazip.compress.solver import Factor, Spec, round_to_nearest, solve
 
@@ -185,3 +185,30 @@ def test_bad_input_is_named() -> None:
         solve(torch.zeros(4, 32), factor, Spec(DeltaType.SPARSE24_INT4, 40))
     with pytest.raises(ValueError, match="dense types"):
         round_to_nearest([torch.zeros(4, 32)], spec)
+
+
+def test_what_hardly_moved_is_rounded_to_nothing() -> None:
+    delta = torch.randn(40, 96, generator=torch.Generator().manual_seed(3))
+    delta[:20] *= 1e-3
+    spec = Spec(DeltaType.DENSE_INT4, 32)
+    fine, coarse = round_to_nearest([delta], spec), round_to_nearest([delta], spec, 0.05)
+    assert (coarse.matrix.values[:20] == 0).all()
+    assert (fine.matrix.values[:20] != 0).any()
+    np.testing.assert_array_equal(coarse.matrix.values[20:], fine.matrix.values[20:])
+    least = float(coarse.matrix.scales.min())
+    assert 0.049 < least < 0.0516
+    assert coarse.error < 1.01 * fine.error + 1e-6
+
+
+def test_scales_have_few_bits_of_mantissa_and_keep_their_size() -> None:
+    sizes = torch.cat([torch.logspace(-7, 4.8, 500), torch.tensor([0.0, -1.0, 7e4])])
+    rounded = fp16_scales(sizes)
+    words = rounded[:-3].half().numpy().view(np.uint16)
+    normal = rounded[:-3] >= 2.0**-14
+    assert (words[normal.numpy()] & 0x3F == 0).all()
+    error = (rounded[:-3] / sizes[:-3].clamp(max=65504.0) - 1.0).abs()
+    assert float(error[normal].max()) < 0.034
+    assert float((rounded[:-3] - sizes[:-3])[~normal].abs().max()) < 2e-6
+    assert rounded[-3:].tolist() == [0.0, 0.0, 65504.0]
+    full = fp16_scales(sizes, 10)[:-3]
+    assert torch.equal(full[normal], sizes[:-3].half().float()[normal])

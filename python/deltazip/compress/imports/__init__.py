@@ -1,0 +1,1 @@
+"""What others have adapted or compressed already, as delta files."""
