@@ -99,6 +99,18 @@ __device__ __forceinline__ void copy_group(std::uint32_t smem, const void* cache
   }
 }
 
+template <int kRows, int kTiles>
+__device__ __forceinline__ void set_zero(float (&tiles)[kRows][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) tiles[m][n][e] = 0.0F;
+    }
+  }
+}
+
 // The running softmax of 16 * kMmaRows rows. Lane 4r + c has rows r and r + 8 of each sixteen,
 // columns 2c and 2c + 1 of each eight, and its own share of the weights' sum.
 template <int kHeadDim, int kMmaRows>
@@ -108,13 +120,9 @@ struct SoftmaxState {
   float weight[kMmaRows][2];
 
   __device__ void reset() {
+    set_zero(sums);
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 8; ++d) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[m][d][e] = 0.0F;
-      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         maximum[m][h] = minus_infinity();
@@ -145,14 +153,7 @@ __device__ __forceinline__ void attend_tile(SoftmaxState<kHeadDim, kMmaRows>& st
                                             const int (&limits)[kMmaRows][2], float scale_log2) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   float scores[kMmaRows][kKeys / 8][4];
-#pragma unroll
-  for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0F;
-    }
-  }
+  set_zero(scores);
   // Matrices of an x4: keys 0-7 and columns 0-7, 0-7 and 8-15, then keys 8-15 likewise.
   const std::uint32_t key_address =
       keys + (lane / 16 * 8 + lane % 8) * kRowBytes<kHeadDim> + lane / 8 % 2 * 16;
