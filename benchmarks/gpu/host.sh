@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds or takes what build/gpu-kit holds prebuilt, then
 #   host.sh test [GTEST_FILTER]   every C++ and Python test of the GPU
-#   host.sh sanitize [FILTER]     the short ones under compute-sanitizer: memcheck, then racecheck
+#   host.sh sanitize [FILTER]     small ones of every kernel under memcheck, then under racecheck
 #   host.sh bench [SUITE...]      the measurements of suite.sh; results in build/gpu-results
 #   host.sh exec COMMAND...       a command in the environment that the others have
 #   host.sh build                 only the build, in build/gpu
 # Needs no network: what the machine lacks comes from build/gpu-kit (pack.sh), what it has is used.
-#   PYTHON (python3), GPU_ARCHITECTURES (90a-real), JOBS (all cores), GPU_RESULTS, GPU_CHECKS
+#   PYTHON (python3), GPU_ARCHITECTURES (90a-real), JOBS (all cores), GPU_RESULTS, GPU_CHECKS,
+#   SANITIZE_JOBS (12), SANITIZE_TOOLS (memcheck racecheck)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -17,9 +18,11 @@ host=$PWD/build/gpu-host
 tree=$PWD/build/gpu
 jobs=${JOBS:-$(nproc)}
 : "${GPU_FILTER:=*cuda*:*Cuda*:*CUDA*}"
-# Every kernel on shapes that a sanitizer, a hundred times slower, gets through.
-small='*Small*/cuda_*:*RowwiseTest*/cuda_*:*SampleTest*/cuda_*:*StepTest.OpsInARow*/cuda_*'
-: "${GPU_SMALL_FILTER:=$small}"
+# Every kernel once, in both dtypes, at sizes that a sanitizer gets through.
+small=(LinearTest.EveryElement SbmmTest.{ManySmallTasks,EveryElement}
+  AttentionTest.{SmallBatches,DecodesOneRow} SampleTest.{SmallRows,EmbedTakes}
+  RowwiseTest.{EmbedGathers,BiasAdd,RmsNormMatches,SiluMulKeeps,RopeAppendRotates,GatherRows})
+: "${GPU_SMALL_FILTER:=$(printf '*/%s*/cuda_*:' "${small[@]}")}"
 
 say() { echo "gpu: $*" >&2; }
 has_header() { printf '#include <%s>\n' "$1" | c++ -E -x c++ - >/dev/null 2>&1; }
@@ -113,23 +116,42 @@ print(*[str(f.parent) for p in nvidia.__path__ for f in pathlib.Path(p).glob("*/
   export LD_LIBRARY_PATH=$bin${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
 
-# Runs what of each test binary the filter selects; $@ is put before each.
+# Runs what of each test binary the filter selects, and the checks that are there.
 run_tests() {
   local filter=$1 test failed=() num_run=0
-  shift
   for test in "$bin"/*_test; do
     "$test" --gtest_filter="$filter" --gtest_list_tests | grep -q '^  ' || continue
     echo "== ${test##*/}"
     num_run=$((num_run + 1))
-    "$@" "$test" --gtest_filter="$filter" --gtest_brief=1 || failed+=("${test##*/}")
+    "$test" --gtest_filter="$filter" --gtest_brief=1 || failed+=("${test##*/}")
   done
   ((num_run)) || { say "no test has cases for '$filter': is there a GPU?"; failed+=(none); }
   for test in "$bin"/*_check; do
     [[ -x $test ]] || continue
     echo "== ${test##*/}"
-    "$@" "$test" || failed+=("${test##*/}")
+    "$test" || failed+=("${test##*/}")
   done
   ((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; return 1; }
+}
+
+# Each test that the filter selects in a process of its own, some at once: the sanitizer's time is
+# mostly the host's.
+sanitize_tests() { # TOOL FILTER
+  local test logs=$host/sanitize/$1
+  rm -rf "$logs"
+  mkdir -p "$logs"
+  for test in "$bin"/*_test; do
+    "$test" --gtest_filter="$2" --gtest_list_tests |
+      awk -v test="$test" '/^[^ ]/ { suite = $1 } /^  / { print test, suite $1 }'
+  done >"$logs/tests"
+  [[ -s $logs/tests ]] || { say "no test has cases for '$2': is there a GPU?"; return 1; }
+  say "$1: $(wc -l <"$logs/tests") tests"
+  # shellcheck disable=SC2016
+  xargs -P "${SANITIZE_JOBS:-12}" -L 1 bash -c '
+    log=$0/${3//\//.}.log
+    compute-sanitizer --tool "$1" --error-exitcode 1 "$2" --gtest_filter="$3" --gtest_brief=1 \
+      >"$log" 2>&1 || { cat "$log"; echo "FAILED under $1: $3"; exit 1; }
+  ' "$logs" "$1" <"$logs/tests"
 }
 
 command=${1:-}
@@ -157,8 +179,11 @@ case $command in
     ;;
   sanitize)
     prepare
-    for tool in memcheck racecheck; do
-      run_tests "${1:-$GPU_SMALL_FILTER}" compute-sanitizer --tool "$tool" --error-exitcode 1
+    export DELTAZIP_REQUIRE_GPU=1
+    for tool in ${SANITIZE_TOOLS:-memcheck racecheck}; do
+      SECONDS=0
+      sanitize_tests "$tool" "${1:-$GPU_SMALL_FILTER}"
+      say "$tool: nothing found in $SECONDS s"
     done
     ;;
   bench)

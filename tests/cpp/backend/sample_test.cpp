@@ -297,6 +297,47 @@ TEST_P(SampleTest, ASmallTemperatureIsGreedy) {
   EXPECT_EQ(sample_one(logits, {.temperature = 1e-5F}).token, 1);
 }
 
+// One launch of all that a row may ask for; a sanitizer takes seconds for each launch.
+TEST_P(SampleTest, SmallRowsOfEveryKind) {
+  constexpr std::int64_t kVocab = 300;
+  const std::int32_t history[] = {7, 7, 250, 0};
+  const TokenBias biases[] = {{299, 3.0F}, {4, -2.0F}};
+  const std::int32_t banned[] = {1, 298};
+  SamplingRow asks{.temperature = 0.8F, .repetition_penalty = 1.3F, .frequency_penalty = 0.2F};
+  asks.prompt_tokens = asks.output_tokens = history;
+  asks.num_prompt_tokens = asks.num_output_tokens = 4;
+  asks.biases = biases;
+  asks.num_biases = 2;
+  asks.banned_tokens = banned;
+  asks.num_banned_tokens = 2;
+  SamplingRow scored = kGreedy;
+  scored.forced_token = 17;
+  scored.num_logprobs = 5;
+  const std::vector<SamplingRow> rows{
+      kGreedy,
+      {.temperature = 1.0F, .seed = 3},
+      {.temperature = 1.0F, .top_p = 0.8F, .seed = 4},
+      {.temperature = 1.0F, .top_k = 9, .top_p = 0.7F, .min_p = 0.01F, .seed = 5},
+      asks,
+      scored};
+  const auto num_rows = static_cast<std::int64_t>(rows.size());
+  const Matrix logits = Matrix::random(num_rows, kVocab, rng_, 2.0F);
+  std::vector<SampledToken> drawn(rows.size()), expected(rows.size());
+  ops().sample(drawn, logits.view(), rows, stream());
+  OpenedBackend reference("cpu/scalar", 1);
+  reference.ops.sample(expected, logits.view(), rows, *reference.stream);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    EXPECT_EQ(drawn[i].token, expected[i].token) << "row " << i;
+    EXPECT_TRUE(drawn[i].is_finite) << "row " << i;
+    EXPECT_EQ(drawn[i].rank, expected[i].rank) << "row " << i;
+    EXPECT_NEAR(drawn[i].logprob, expected[i].logprob, 1e-5) << "row " << i;
+    ASSERT_EQ(drawn[i].num_top, expected[i].num_top) << "row " << i;
+    EXPECT_TRUE(std::equal(drawn[i].top_tokens, drawn[i].top_tokens + drawn[i].num_top,
+                           expected[i].top_tokens));
+  }
+  EXPECT_EQ(drawn.back().num_top, 5);
+}
+
 TEST_P(SampleTest, RefusesWhatIsOutOfRange) {
   const Matrix logits(1, 8, 0.0F);
   const auto refuses = [&](const SamplingRow& row) {
