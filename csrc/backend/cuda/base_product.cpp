@@ -29,9 +29,8 @@ static_assert(BaseProduct::kMaxStreamTokens <= base_gemm::kMaxTokens);
 
 }  // namespace
 
-BaseProduct::BaseProduct(int num_sms, int compute_capability, std::span<const std::byte> spare)
+BaseProduct::BaseProduct(int num_sms, std::span<const std::byte> spare)
     : num_sms_(num_sms),
-      compute_capability_(compute_capability),
       spare_(spare),
       partials_(stream_gemm_partials_bytes(num_sms)),
       counters_(stream_gemm_counters_bytes(kMaxOutFeatures)) {
@@ -60,9 +59,8 @@ void BaseProduct::launch_stream(const LtProduct& product, cudaStream_t stream) {
 }
 
 bool BaseProduct::streams(const LtProduct& product) const {
-  return compute_capability_ >= 90 && product.num_tokens <= kMaxStreamTokens &&
-         product.y_stride == product.out_features && product.out_features <= kMaxOutFeatures &&
-         stream_gemm_takes(stream_params(product));
+  return product.num_tokens <= kMaxStreamTokens && product.y_stride == product.out_features &&
+         product.out_features <= kMaxOutFeatures && stream_gemm_takes(stream_params(product));
 }
 
 template <typename F>

@@ -23,7 +23,7 @@ class BaseProduct {
   static constexpr std::int64_t kMaxStreamTokens = 64;
 
   // spare: memory for measuring on, whose content and other use do not matter.
-  BaseProduct(int num_sms, int compute_capability, std::span<const std::byte> spare);
+  BaseProduct(int num_sms, std::span<const std::byte> spare);
 
   // may_measure: a shape that comes for the first time is tried in all ways, which waits for the
   // stream; else the first guess is taken and not remembered.
@@ -43,7 +43,7 @@ class BaseProduct {
   StreamGemm stream_params(const LtProduct& product) const;
   void launch_stream(const LtProduct& product, cudaStream_t stream);
 
-  int num_sms_, compute_capability_;
+  int num_sms_;
   std::span<const std::byte> spare_;
   CublasLt lt_;
   DeviceMemory partials_, counters_;

@@ -18,8 +18,6 @@
 namespace deltazip::cuda {
 namespace {
 
-// Kernels are compiled for these and newer; wgmma-era paths need 9.0 itself.
-constexpr int kMinComputeCapability = 80;
 // A decode step of more rows gains nothing from a graph.
 constexpr std::int32_t kMaxGraphRows = 512;
 
@@ -84,17 +82,13 @@ DeviceInfo inspect(int device, const BackendOptions& options) {
            " GPUs, cuda:0 to cuda:", count - 1);
   cudaDeviceProp properties{};
   DZ_CUDA(cudaGetDeviceProperties(&properties, device));
-  const int capability = 10 * properties.major + properties.minor;
-  DZ_CHECK(capability >= kMinComputeCapability, "device 'cuda:", device, "': ", properties.name,
-           " has compute capability ", properties.major, ".", properties.minor,
-           ", the kernels need 8.0 or newer");
   use_device(device);
-  DZ_CHECK(has_kernels(), "device 'cuda:", device, "': this build has no kernels for ",
-           properties.name, " (compute capability ", properties.major, ".", properties.minor,
-           "); build with DELTAZIP_CUDA_ARCHITECTURES that include it");
+  DZ_CHECK(code_architecture() > 0, "device 'cuda:", device, "': this build has no kernels for ",
+           properties.name, ", compute capability ", properties.major, ".", properties.minor,
+           ": they need 8.0 or newer, and DELTAZIP_CUDA_ARCHITECTURES that include it when built");
   DZ_CHECK(options.compute_dtype == DType::kFloat16 || options.compute_dtype == DType::kBFloat16,
            "device 'cuda' computes in float16 or bfloat16, got ", name(options.compute_dtype));
-  return {device, properties.multiProcessorCount, capability, properties.sharedMemPerBlockOptin,
+  return {device, properties.multiProcessorCount, properties.sharedMemPerBlockOptin,
           options.compute_dtype};
 }
 

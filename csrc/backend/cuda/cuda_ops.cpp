@@ -1,6 +1,8 @@
 #include "backend/cuda/cuda_ops.h"
 
 #include "backend/cuda/cuda_check.h"
+#include "backend/cuda/kernels/sbmm/config.h"
+#include "deltazip/base/error.h"
 
 namespace deltazip::cuda {
 namespace {
@@ -22,6 +24,8 @@ CudaOps::CudaOps(const DeviceInfo& info)
 void CudaOps::check_model(const ModelShape& shape) const {
   check_attention(shape.cache, shape.dtype);
   check_sampling(shape.vocab_size);
+  DZ_CHECK(kSharedBytes <= info_.shared_bytes_per_block, "sbmm: the kernel needs ", kSharedBytes,
+           " bytes of shared memory a block, this device has ", info_.shared_bytes_per_block);
 }
 
 }  // namespace deltazip::cuda

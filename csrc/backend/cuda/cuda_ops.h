@@ -14,7 +14,6 @@ namespace deltazip::cuda {
 struct DeviceInfo {
   int device = 0;
   int num_sms = 0;
-  int compute_capability = 0;              // 90 for 9.0
   std::size_t shared_bytes_per_block = 0;  // the most a kernel may ask for
   DType compute_dtype = DType::kBFloat16;
 };
@@ -45,7 +44,7 @@ class CudaOps final : public Ops {
   struct AttentionState;  // ops_attention.cpp: the step's work list, partial results
   struct SampleState;     // ops_sample.cpp: pinned results
 
-  static void check_attention(const KvLayer& cache, DType dtype);  // throws InvalidArgument
+  void check_attention(const KvLayer& cache, DType dtype) const;  // throws InvalidArgument
   void check_sampling(std::int64_t vocab_size) const;
 
   std::shared_ptr<ProjectState> make_project_state();

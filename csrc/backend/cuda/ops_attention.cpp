@@ -62,7 +62,7 @@ bool same_sequences(std::span<const AttentionSequence> a, std::span<const Attent
 
 }  // namespace
 
-void CudaOps::check_attention(const KvLayer& cache, DType dtype) {
+void CudaOps::check_attention(const KvLayer& cache, DType dtype) const {
   DZ_CHECK(dtype == DType::kFloat16 || dtype == DType::kBFloat16,
            "paged_attention: the CUDA backend computes in float16 or bfloat16, got ", name(dtype));
   DZ_CHECK(cache.dtype == dtype, "paged_attention: the KV cache must be ", name(dtype),
@@ -70,6 +70,10 @@ void CudaOps::check_attention(const KvLayer& cache, DType dtype) {
   DZ_CHECK(is_attention_head_dim(cache.head_dim),
            "paged_attention: the CUDA backend serves head_dim 64, 96, 128 and 256, got ",
            cache.head_dim);
+  const std::size_t shared_bytes = attention_shared_bytes(cache.head_dim);
+  DZ_CHECK(shared_bytes <= info_.shared_bytes_per_block, "paged_attention: head_dim ",
+           cache.head_dim, " needs ", shared_bytes,
+           " bytes of shared memory a block, this device has ", info_.shared_bytes_per_block);
   DZ_CHECK(cache.block_size % 8 == 0,
            "paged_attention: the CUDA backend needs a block_size that is a multiple of 8, got ",
            cache.block_size);

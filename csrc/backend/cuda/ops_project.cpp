@@ -52,8 +52,7 @@ bool is_mergeable(const SbmmTask& task) {
 struct CudaOps::ProjectState {
   explicit ProjectState(const DeviceInfo& info)
       : merged(kMergeBytes),
-        base(info.num_sms, info.compute_capability,
-             {static_cast<const std::byte*>(merged.data()), merged.num_bytes()}) {}
+        base(info.num_sms, {static_cast<const std::byte*>(merged.data()), merged.num_bytes()}) {}
 
   // A step's plans live side by side, since StepArgs knows an array by its address.
   SbmmPlan& next_plan(const StepArgs& args) {

@@ -8,6 +8,7 @@
 
 #include "backend/cuda/cuda_check.h"
 #include "backend/cuda/cuda_ops.h"
+#include "backend/cuda/device_memory.h"
 #include "backend/cuda/kernels/sample/sample.h"
 #include "backend/sampling_rules.h"
 #include "deltazip/base/error.h"
@@ -127,8 +128,16 @@ struct CudaOps::SampleState {
     return results.back();
   }
 
+  // Where rows lie while they are sampled, if not in clusters. One stream samples.
+  std::uint32_t* scratch_for(std::int64_t vocab_size, int num_sms) {
+    const std::size_t num_bytes = sample_scratch_bytes(vocab_size, num_sms);
+    if (num_bytes > scratch.num_bytes()) scratch = DeviceMemory(num_bytes);
+    return static_cast<std::uint32_t*>(scratch.data());
+  }
+
   Lists lists;
   std::vector<std::shared_ptr<Results>> results;
+  DeviceMemory scratch;
 };
 
 std::shared_ptr<CudaOps::SampleState> CudaOps::make_sample_state() {
@@ -161,7 +170,9 @@ void CudaOps::run(const SampleParams& params, Stream& stream) {
                    .tokens = params.tokens == nullptr ? nullptr : params.tokens + first,
                    .num_rows = static_cast<std::int64_t>(count),
                    .vocab_size = params.vocab_size,
-                   .dtype = params.dtype},
+                   .dtype = params.dtype,
+                   .scratch = sample_->scratch_for(params.vocab_size, info_.num_sms),
+                   .num_sms = info_.num_sms},
                   queue.get());
     results->is_pending = true;
     queue.when_passed([results, count, out = params.out + first] {

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <thread>
 
+#include "backend/cuda/kernels/device/probe.h"
 #include "cuda/gemm_check.h"
 
 namespace deltazip::cuda {
@@ -279,7 +280,10 @@ int check_products(const Scratch& scratch, CublasLt& lt, cudaStream_t stream) {
       check_shape(tally, scratch, lt, shape, dtype, stream);
     }
   }
-  for (const std::int64_t tokens : {1, 8, 16, 32, 64}) check_chain(tally, scratch, tokens, stream);
+  if (runs_hopper_code()) {
+    for (const std::int64_t tokens : {1, 8, 16, 32, 64})
+      check_chain(tally, scratch, tokens, stream);
+  }
   std::vector<std::uint32_t> counters(scratch.counters.num_bytes() / 4);
   DZ_CUDA(cudaMemcpy(counters.data(), scratch.counters.get(), scratch.counters.num_bytes(),
                      cudaMemcpyDeviceToHost));

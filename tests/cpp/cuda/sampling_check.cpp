@@ -11,6 +11,9 @@
 namespace deltazip::cuda::check {
 namespace {
 
+// Without clusters, fewer CTAs than rows: some take several.
+constexpr int kScratchCtas = 5;
+
 std::size_t at(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 // Rows with their lists on the host, and the same on the device.
@@ -94,8 +97,10 @@ std::vector<SampledToken> sample_on_device(const Memory& logits, DType dtype,
   void* pinned = nullptr;
   DZ_CUDA(cudaHostAlloc(&pinned, count * sizeof(SampledToken), cudaHostAllocDefault));
   std::memset(pinned, 0x5A, count * sizeof(SampledToken));
+  const Memory scratch(sample_scratch_bytes(vocab, kScratchCtas));
   launch_sample({logits.get(), row_memory.get<SamplingRow>(), static_cast<SampledToken*>(pinned),
-                 token_memory.get<std::int32_t>(), static_cast<std::int64_t>(count), vocab, dtype},
+                 token_memory.get<std::int32_t>(), static_cast<std::int64_t>(count), vocab, dtype,
+                 scratch.get<std::uint32_t>(), kScratchCtas},
                 stream);
   DZ_CUDA(cudaStreamSynchronize(stream));
   std::vector<SampledToken> result(count);
@@ -230,6 +235,8 @@ void check_sampling(Report& report, cudaStream_t stream) {
 }
 
 void time_sampling(cudaStream_t stream) {
+  int num_sms = 0;
+  DZ_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   Rng rng(3);
   std::printf(
       "\nus a launch, 200 in a graph   greedy  drawn  top_p  top_k+p  penalties  logprobs20\n");
@@ -249,11 +256,13 @@ void time_sampling(cudaStream_t stream) {
       penalties.prompt_tokens = penalties.output_tokens = history_memory.get<std::int32_t>();
       penalties.num_prompt_tokens = penalties.num_output_tokens = 2000;
       logprobs.num_logprobs = 20;
+      const Memory scratch(sample_scratch_bytes(vocab, num_sms));
       const auto time = [&](const SamplingRow& row) {
         const Memory row_memory(std::vector<SamplingRow>(at(rows), row));
         return time_in_graph(stream, [&] {
           launch_sample({logits.get(), row_memory.get<SamplingRow>(), results.get<SampledToken>(),
-                         tokens.get<std::int32_t>(), rows, vocab, DType::kFloat32},
+                         tokens.get<std::int32_t>(), rows, vocab, DType::kFloat32,
+                         scratch.get<std::uint32_t>(), num_sms},
                         stream);
         });
       };

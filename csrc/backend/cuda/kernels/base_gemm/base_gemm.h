@@ -24,7 +24,8 @@ struct StreamGemm {
   base_gemm::Form form;  // neighbours in a stream take turns
 };
 
-// At most kMaxTokens rows, in_features a multiple of 8 (16-byte rows, which tensor maps ask for).
+// At most kMaxTokens rows, in_features a multiple of 8 (16-byte rows, which tensor maps ask for),
+// and code for Hopper, which has them.
 bool stream_gemm_takes(const StreamGemm& params);
 std::size_t stream_gemm_partials_bytes(int num_sms);
 std::size_t stream_gemm_counters_bytes(std::int64_t out_features);

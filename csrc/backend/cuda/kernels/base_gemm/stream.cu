@@ -83,8 +83,8 @@ void with_tokens(std::int64_t num_tokens, F&& f) {
 bool stream_gemm_takes(const StreamGemm& params) {
   const auto is_aligned = [](const void* p) { return std::bit_cast<std::uintptr_t>(p) % 16 == 0; };
   const Schedule schedule = make_schedule(params.out_features, params.in_features, params.num_sms);
-  return params.num_tokens >= 1 && params.num_tokens <= kMaxTokens && params.in_features % 8 == 0 &&
-         is_aligned(params.x) && is_aligned(params.weight) &&
+  return runs_hopper_code() && params.num_tokens >= 1 && params.num_tokens <= kMaxTokens &&
+         params.in_features % 8 == 0 && is_aligned(params.x) && is_aligned(params.weight) &&
          std::int64_t{schedule.num_units} < (1 << 26);
 }
 

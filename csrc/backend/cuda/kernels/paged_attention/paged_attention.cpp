@@ -1,5 +1,8 @@
 #include "backend/cuda/kernels/paged_attention/paged_attention.h"
 
+#include <algorithm>
+
+#include "backend/cuda/kernels/paged_attention/config.h"
 #include "deltazip/base/error.h"
 
 namespace deltazip::cuda {
@@ -34,6 +37,15 @@ void with_head_dim(std::int32_t head_dim, Use&& use) {
 
 bool is_attention_head_dim(std::int32_t head_dim) {
   return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
+}
+
+std::size_t attention_shared_bytes(std::int32_t head_dim) {
+  std::size_t num_bytes = 0;
+  with_head_dim(head_dim, [&]<int kHeadDim>() {
+    num_bytes =
+        std::max(DecodeConfig<kHeadDim>::kSharedBytes, PrefillConfig<kHeadDim>::kSharedBytes);
+  });
+  return num_bytes;
 }
 
 void prepare_paged_attention(DType dtype, std::int32_t head_dim) {

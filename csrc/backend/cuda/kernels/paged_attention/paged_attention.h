@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "deltazip/base/dtype.h"
@@ -32,6 +33,8 @@ struct PagedAttentionLaunch {
 };
 
 bool is_attention_head_dim(std::int32_t head_dim);
+// What a block of the kernels of this head_dim must be able to have.
+std::size_t attention_shared_bytes(std::int32_t head_dim);
 
 // Asks for the kernels' shared memory; before the first launch on a device, outside of graphs.
 void prepare_paged_attention(DType dtype, std::int32_t head_dim);

@@ -1,6 +1,6 @@
 #pragma once
 
-// Sums, maxima and searches over the cluster that holds one row.
+// Sums, maxima and searches over the cluster that holds one row, or the one CTA that does.
 
 #include <cstdint>
 
@@ -39,46 +39,64 @@ struct Exchange {
   u64 warps[kWarps][kMaxReduced];
   // What each CTA of the cluster sent. By turns, so that nobody overwrites what a slower CTA reads:
   // who is two reductions ahead has passed a barrier at which the slower one arrived.
-  u64 ctas[2][kClusterSize][kMaxReduced];
+  u64 ctas[2][kRowCtas][kMaxReduced];
 };
 
 class Cluster {
  public:
-  // Nothing may be sent before all CTAs have begun: the caller has called cluster_arrive() early,
-  // and begin() before the first reduction.
+  // Nothing may be sent before all CTAs have begun: the caller has called arrive() early, and
+  // wait() before the first reduction.
   __device__ explicit Cluster(Exchange& exchange)
       : exchange_(exchange),
-        rank_(cluster_rank()),
         warp_(static_cast<int>(threadIdx.x) / 32),
-        lane_(static_cast<int>(threadIdx.x) % 32) {}
-  __device__ __forceinline__ void begin() { cluster_wait(); }
+        lane_(static_cast<int>(threadIdx.x) % 32) {
+    if constexpr (kRowCtas > 1) rank_ = cluster_rank();
+  }
   __device__ __forceinline__ u32 rank() const { return rank_; }
+
+  // A barrier of all threads in two halves.
+  static __device__ __forceinline__ void arrive() {
+    if constexpr (kRowCtas > 1) cluster_arrive();
+  }
+  static __device__ __forceinline__ void wait() {
+    if constexpr (kRowCtas > 1) {
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  }
+  // The place of `pointer`, into this CTA's shared memory, in the CTA of that rank.
+  template <typename V>
+  static __device__ __forceinline__ V* at_cta(V* pointer, u32 rank) {
+    if constexpr (kRowCtas > 1) return in_cta(pointer, rank);
+    return pointer;
+  }
 
   // Each value combined over all threads of the cluster, given to all of them. Orders memory like a
   // barrier of the cluster.
   template <typename Op, int kCount>
   __device__ __forceinline__ void reduce(u64 (&values)[kCount]) {
-    static_assert(kCount <= kMaxReduced && kCount * kClusterSize <= kThreads);
+    static_assert(kCount <= kMaxReduced && kCount * kRowCtas <= kThreads);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const u64 value = Op::of_warp(values[j]);
       if (lane_ == 0) exchange_.warps[warp_][j] = value;
     }
     __syncthreads();
-    if (threadIdx.x < kCount * kClusterSize) {
+    if (threadIdx.x < kCount * kRowCtas) {
       const int j = static_cast<int>(threadIdx.x) % kCount;
       u64 value = exchange_.warps[0][j];
 #pragma unroll
       for (int warp = 1; warp < kWarps; ++warp) value = Op::of(value, exchange_.warps[warp][j]);
-      *in_cta(&exchange_.ctas[turn_][rank_][j], threadIdx.x / kCount) = value;
+      *at_cta(&exchange_.ctas[turn_][rank_][j], threadIdx.x / kCount) = value;
     }
     __syncwarp();
-    cluster_arrive();
-    cluster_wait();
+    arrive();
+    wait();
     u64 value = 0;
     if (lane_ < kCount) {
 #pragma unroll
-      for (int cta = 0; cta < kClusterSize; ++cta) {
+      for (int cta = 0; cta < kRowCtas; ++cta) {
         value = Op::of(value, exchange_.ctas[turn_][cta][lane_]);
       }
     }
@@ -131,7 +149,7 @@ class Cluster {
 
  private:
   Exchange& exchange_;
-  u32 rank_;
+  u32 rank_ = 0;
   int warp_, lane_;
   int turn_ = 0;
 };

@@ -1,6 +1,7 @@
 #pragma once
 
-// One row of logits in the shared memory of a cluster, each CTA holding a run of the vocabulary.
+// One row of logits in the shared memory of a cluster, each CTA holding a run of the vocabulary;
+// or in one CTA's scratch.
 // Floats become integers for every comparison and every sum, so nothing depends on who adds first.
 
 #include <cfloat>
@@ -44,23 +45,18 @@ struct Shared {
 template <typename T>
 class RowSampler {
  public:
-  // A CTA's share of the vocabulary, whole 16-byte accesses of any type.
-  static __host__ __device__ constexpr std::int64_t share(std::int64_t vocab_size) {
-    return (vocab_size + 8 * kClusterSize - 1) / (8 * kClusterSize) * 8;
-  }
-
+  // keys: [share_of()], counts: [min(share_of(), kMaxCounts)], of shared memory.
   __device__ RowSampler(const SampleLaunch& params, const SamplingRow& row, const T* logits,
-                        Cluster& cluster, Shared& shared, u32* memory)
+                        Cluster& cluster, Shared& shared, u32* keys, u32* counts)
       : row_(row),
         logits_(logits),
         cluster_(cluster),
         shared_(shared),
         vocab_size_(static_cast<int>(params.vocab_size)),
-        share_(static_cast<int>(share(params.vocab_size))),
-        first_(min(static_cast<int>(cluster.rank()) * share_, vocab_size_)),
-        count_(min(share_, vocab_size_ - first_)),
-        keys_(memory),
-        counts_(memory + share_) {}
+        first_(min(static_cast<int>(cluster.rank()) * share(), vocab_size_)),
+        count_(min(share(), vocab_size_ - first_)),
+        keys_(keys),
+        counts_(counts) {}
 
   // The largest raw logit. False: there is NaN or +inf, or nothing but -inf. Keeps the logits in
   // shared memory as floats if asked to.
@@ -213,6 +209,9 @@ class RowSampler {
   };
 
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int share() const {
+    return static_cast<int>(share_of(vocab_size_, kRowCtas));
+  }
   static __device__ __forceinline__ u64 pack(u32 key, int token) {
     return (static_cast<u64>(key) << 32) | ~static_cast<u32>(token);
   }
@@ -341,7 +340,7 @@ class RowSampler {
 
   // Brings what is kept, at most kMaxLogprobs, to the first CTA.
   __device__ void gather(const Kept& kept) {
-    Shared& leader = *in_cta(&shared_, 0);
+    Shared& leader = *Cluster::at_cta(&shared_, 0);
     for (int i = thread(); i < count_; i += kThreads) {
       if (!is_kept(kept, keys_[i], i)) continue;
       const int place = atomicAdd(&leader.num_top, 1);
@@ -349,18 +348,18 @@ class RowSampler {
       leader.top_tokens[place] = first_ + i;
     }
     __syncwarp();
-    cluster_arrive();
-    cluster_wait();
+    Cluster::arrive();
+    Cluster::wait();
   }
 
   const SamplingRow& row_;
   const T* logits_;
   Cluster& cluster_;
   Shared& shared_;
-  int vocab_size_, share_;
+  int vocab_size_;
   int first_, count_;  // this CTA's tokens
-  u32* keys_;          // [share]: of each token of this CTA, its logit, weight or key
-  u32* counts_;        // [min(share, kMaxCounts)]
+  u32* keys_;          // of each token of this CTA, its logit, weight or key
+  u32* counts_;
 };
 
 }  // namespace deltazip::cuda::sampling

@@ -5,6 +5,7 @@
 
 #include "backend/cuda/kernels/device/launch.h"
 #include "backend/cuda/kernels/device/pdl.cuh"
+#include "backend/cuda/kernels/device/probe.h"
 #include "backend/cuda/kernels/sample/row_sampler.cuh"
 #include "backend/cuda/kernels/sample/sample.h"
 #include "deltazip/base/error.h"
@@ -30,21 +31,17 @@ __device__ std::int32_t choose(RowSampler<T>& sampler, const SamplingRow& row, B
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) __cluster_dims__(kClusterSize, 1, 1)
-    sample_kernel(const SampleLaunch params) {
-  extern __shared__ uint4 memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  griddep_launch();
+__device__ __forceinline__ void sample_row(const SampleLaunch& params, std::int64_t index,
+                                           Shared& shared, u32* keys, u32* counts) {
   if (threadIdx.x == 0) shared.num_top = 0;
-  cluster_arrive();
-  const std::int64_t index = blockIdx.x / kClusterSize;
+  Cluster::arrive();
   const SamplingRow& row = params.rows[index];
   Cluster cluster(shared.exchange);
   RowSampler<T> sampler(params, row,
                         static_cast<const T*>(params.logits) + index * params.vocab_size, cluster,
-                        shared, reinterpret_cast<u32*>(&shared + 1));
+                        shared, keys, counts);
   griddep_wait();
-  cluster.begin();
+  Cluster::wait();
   Best best;
   const std::int32_t token = choose(sampler, row, best);
   const bool scores = token >= 0 && row.num_logprobs >= 0;
@@ -62,26 +59,59 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) __cluster_dims__(kCluste
   if (scores) sampler.score(token, best, out);
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) sample_kernel(const SampleLaunch params) {
+  extern __shared__ uint4 memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  u32* const words = reinterpret_cast<u32*>(&shared + 1);
+  griddep_launch();
+  if constexpr (kRowCtas > 1) {
+    const auto share = static_cast<int>(share_of(params.vocab_size, kRowCtas));
+    sample_row<T>(params, blockIdx.x / kRowCtas, shared, words, words + share);
+  } else {
+    u32* const keys = params.scratch + blockIdx.x * share_of(params.vocab_size, kRowCtas);
+    for (std::int64_t row = blockIdx.x; row < params.num_rows; row += gridDim.x) {
+      sample_row<T>(params, row, shared, keys, words);
+      __syncthreads();  // the next row's exchange overwrites this one's
+    }
+  }
+}
+
 // All of it dynamic: static memory would count against the 48 KB that need no permission.
-std::size_t shared_bytes(std::int64_t vocab_size) {
-  const std::int64_t share = RowSampler<float>::share(vocab_size);
-  return sizeof(Shared) +
-         sizeof(u32) * static_cast<std::size_t>(share + std::min(share, kMaxCounts));
+std::size_t shared_bytes(std::int64_t vocab_size, bool in_clusters) {
+  const std::int64_t share =
+      share_of(vocab_size, in_clusters ? kClusterSize : kRowCtasWithoutClusters);
+  const std::int64_t num_words = (in_clusters ? share : 0) + std::min(share, kMaxCounts);
+  return sizeof(Shared) + sizeof(u32) * static_cast<std::size_t>(num_words);
 }
 
 }  // namespace
 
 std::int64_t max_sample_vocab(std::size_t shared_bytes_per_block) {
+  if (!runs_hopper_code()) return kMaxVocabInScratch;
   const auto words = static_cast<std::int64_t>((shared_bytes_per_block - sizeof(Shared)) / 4);
   return (words - kMaxCounts) / 8 * 8 * kClusterSize;
 }
 
+std::size_t sample_scratch_bytes(std::int64_t vocab_size, int num_sms) {
+  if (runs_hopper_code()) return 0;
+  return sizeof(u32) * static_cast<std::size_t>(num_sms) *
+         static_cast<std::size_t>(share_of(vocab_size, kRowCtasWithoutClusters));
+}
+
 void launch_sample(const SampleLaunch& params, cudaStream_t stream) {
+  const bool in_clusters = runs_hopper_code();
+  const std::int64_t num_ctas = in_clusters
+                                    ? params.num_rows * kClusterSize
+                                    : std::min<std::int64_t>(params.num_rows, params.num_sms);
   const auto with_type = [&]<typename T>() {
-    const std::size_t num_bytes = shared_bytes(params.vocab_size);
+    const std::size_t num_bytes = shared_bytes(params.vocab_size, in_clusters);
     allow_shared_memory(sample_kernel<T>, num_bytes);
     launch(sample_kernel<T>,
-           {dim3(static_cast<unsigned>(params.num_rows * kClusterSize)), dim3(kThreads), num_bytes},
+           {.grid = dim3(static_cast<unsigned>(num_ctas)),
+            .block = dim3(kThreads),
+            .shared_bytes = num_bytes,
+            .cluster_size = in_clusters ? kClusterSize : 1},
            stream, params);
   };
   switch (params.dtype) {

@@ -20,11 +20,16 @@ struct SampleLaunch {
   // [num_rows] or nullptr: the tokens once more, for the next step's embed (0 where there is none).
   std::int32_t* tokens;
   std::int64_t num_rows, vocab_size;
-  DType dtype;  // of logits: float32, float16 or bfloat16
+  DType dtype;             // of logits: float32, float16 or bfloat16
+  std::uint32_t* scratch;  // sample_scratch_bytes; one launch at a time
+  int num_sms;
 };
 void launch_sample(const SampleLaunch& params, cudaStream_t stream);
 
-// The largest vocabulary that a cluster's shared memory holds, for what a block may have of it.
+// The largest vocabulary that a cluster's shared memory holds, for what a block may have of it; or
+// that is served without clusters.
 std::int64_t max_sample_vocab(std::size_t shared_bytes_per_block);
+// Zero where clusters hold the rows.
+std::size_t sample_scratch_bytes(std::int64_t vocab_size, int num_sms);
 
 }  // namespace deltazip::cuda
