@@ -137,7 +137,8 @@ void CudaOps::run(const SbmmParams& params, Stream& stream) {
            name(info_.compute_dtype), ", got ", name(params.dtype));
   CudaStream& queue = to_cuda(stream);
   SbmmPlan& plan = project_->next_plan(args_);
-  make_sbmm_plan(plan, {params.tasks, static_cast<std::size_t>(params.num_tasks)}, info_.num_sms);
+  make_sbmm_plan(plan, {params.tasks, static_cast<std::size_t>(params.num_tasks)},
+                 info_.num_sms * kCtasPerSm);
   const SbmmLaunch sbmm{.x = params.x,
                         .y = params.y,
                         .tasks = args_.put(std::span<const SbmmDeviceTask>(plan.tasks), queue),

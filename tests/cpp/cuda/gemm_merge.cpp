@@ -54,7 +54,7 @@ class Sparse {
       SbmmTask task;
       task.delta = c.matrix(i);
       task.num_rows = static_cast<std::int32_t>(tokens);
-      make_sbmm_plan(plans_[i], {&task, 1}, c.num_sms);
+      make_sbmm_plan(plans_[i], {&task, 1}, c.num_sms * kCtasPerSm);
       tasks_.insert(tasks_.end(), plans_[i].tasks.begin(), plans_[i].tasks.end());
       ranges_.insert(ranges_.end(), plans_[i].ranges.begin(), plans_[i].ranges.end());
     }

@@ -70,7 +70,7 @@ struct RandomDelta {
 
 // Only cases whose name contains `filter`.
 int verify_sbmm(std::string_view filter);
-enum class TimedCases { kAll, kAnchors };
+enum class TimedCases { kAll, kAnchors, kBytes, kChains };
 void time_sbmm(TimedCases cases);
 // TB/s of bulk copies of 12.8 KB into shared memory over 4 GB.
 double read_bandwidth();

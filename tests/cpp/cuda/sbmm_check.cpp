@@ -1,5 +1,5 @@
-// sbmm_check [verify | verify=WORD | time | anchors]...: SBMM on the current CUDA device,
-// without the engine.
+// sbmm_check [verify | verify=WORD | time | anchors | bytes | chains]...: SBMM on the current CUDA
+// device, without the engine.
 
 #include <cstdio>
 #include <string_view>
@@ -22,8 +22,12 @@ int main(int argc, char** argv) {
         time_sbmm(TimedCases::kAll);
       } else if (what == "anchors") {
         time_sbmm(TimedCases::kAnchors);
+      } else if (what == "bytes") {
+        time_sbmm(TimedCases::kBytes);
+      } else if (what == "chains") {
+        time_sbmm(TimedCases::kChains);
       } else {
-        printf("unknown: %s; expected verify[=WORD], time or anchors\n", argv[i]);
+        printf("unknown: %s; expected verify[=WORD], time, anchors, bytes or chains\n", argv[i]);
         return 2;
       }
     }

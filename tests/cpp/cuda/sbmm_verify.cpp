@@ -104,7 +104,7 @@ class Checker {
       tasks.push_back(task);
     }
     SbmmPlan plan;
-    const int ctas = num_ctas > 0 ? num_ctas : num_sms_;
+    const int ctas = num_ctas > 0 ? num_ctas : num_sms_ * cuda::kCtasPerSm;
     cuda::make_sbmm_plan(plan, tasks, ctas);
     DeviceBytes task_bytes(plan.tasks.size() * sizeof(plan.tasks[0])),
         range_bytes(plan.ranges.size() * sizeof(plan.ranges[0]));

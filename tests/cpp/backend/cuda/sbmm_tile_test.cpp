@@ -218,8 +218,20 @@ TEST_P(SbmmTileTest, RefusesSpansOfTheWrongSize) {
   EXPECT_THROW(tiled_delta_bytes(GetParam(), 16, 64, 33), InvalidArgument);
 }
 
-// Every item of every task belongs to exactly one CTA, whatever the mixture, and what a CTA needs
-// fits its shared memory.
+void check_set(const SbmmSet& set, std::int32_t sum_bytes) {
+  const SbmmDeviceTask& task = set.task;
+  ASSERT_LT(set.begin, set.end);
+  ASSERT_LE(set.end, task.row_blocks);
+  ASSERT_GT(set.num_tokens, 0);
+  ASSERT_LE(set.num_tokens, kPassTokens);
+  ASSERT_LE(set.first_token + set.num_tokens, task.num_rows);
+  ASSERT_LE(set.num_tokens * kSumBytesPerToken, sum_bytes);
+  ASSERT_LE(sum_bytes + std::int64_t{set.num_tokens} * (task.records * 256 + kXPadBytes),
+            kSharedBytes);
+}
+
+// Every item of every task belongs to exactly one CTA, whatever the mixture, its first set is the
+// one that a walk would begin with, and what a set needs fits shared memory.
 TEST(SbmmPlanTest, EveryItemHasOneCta) {
   Rng rng{11};
   const int dummy = 0;
@@ -240,10 +252,13 @@ TEST(SbmmPlanTest, EveryItemHasOneCta) {
     ASSERT_EQ(plan.ranges.size(), static_cast<std::size_t>(num_ctas));
     ASSERT_EQ(plan.tasks.size(), tasks.size());
     std::vector<std::int64_t> next(tasks.size(), 0);
+    std::vector<std::vector<bool>> seen(tasks.size());  // [task][piece, row block]
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+      seen[t].resize(static_cast<std::size_t>(plan.tasks[t].num_items));
+    }
     for (std::int32_t cta = 0; cta < num_ctas; ++cta) {
       const SbmmCtaRange& range = plan.ranges[static_cast<std::size_t>(cta)];
-      ASSERT_GE(range.x_buffers, 1);
-      ASSERT_LE(range.sum_bytes + range.x_buffers * range.x_bytes, kSharedBytes);
+      bool is_first = true;
       for (std::int32_t t = range.first_task; t <= range.last_task && !tasks.empty(); ++t) {
         const auto& task = plan.tasks[static_cast<std::size_t>(t)];
         const std::int32_t first = t == range.first_task ? range.first_item : 0;
@@ -251,19 +266,38 @@ TEST(SbmmPlanTest, EveryItemHasOneCta) {
         if (first >= last) continue;
         ASSERT_EQ(first, next[static_cast<std::size_t>(t)]);
         next[static_cast<std::size_t>(t)] = last;
-        ASSERT_LE(task.piece_tokens, kPassTokens);
-        ASSERT_LE(task.piece_tokens * kSumBytesPerToken, range.sum_bytes);
-        ASSERT_LE(std::int64_t{task.piece_tokens} * (task.records * 256 + kXPadBytes),
-                  range.x_bytes);
+        SbmmSet set{};
+        for (std::int32_t item = first; item < last;) {
+          set.task = task;
+          item += set_place(set, item, last);
+          check_set(set, range.sum_bytes);
+          ASSERT_EQ(set.first_token % task.piece_tokens, 0);
+          for (std::int32_t block = set.begin; block < set.end; ++block) {
+            const auto at = static_cast<std::size_t>(
+                set.first_token / task.piece_tokens * task.row_blocks + block);
+            ASSERT_FALSE(seen[static_cast<std::size_t>(t)].at(at));
+            seen[static_cast<std::size_t>(t)][at] = true;
+          }
+          if (!is_first) continue;
+          is_first = false;
+          ASSERT_EQ(range.set_task, t);
+          ASSERT_EQ(range.next_item, item);
+          ASSERT_EQ(range.set.task.data, task.data);
+          ASSERT_EQ(range.set.first_token, set.first_token);
+          ASSERT_EQ(range.set.num_tokens, set.num_tokens);
+          ASSERT_EQ(range.set.begin, set.begin);
+          ASSERT_EQ(range.set.end, set.end);
+        }
       }
+      ASSERT_EQ(range.set.num_tokens == 0, is_first);
     }
     for (std::size_t t = 0; t < tasks.size(); ++t) {
       const auto& task = plan.tasks[t];
       ASSERT_EQ(next[t], task.num_items);
       ASSERT_EQ(task.num_items == 0, tasks[t].delta.data == nullptr || tasks[t].num_rows == 0);
       if (task.num_items == 0) continue;
-      const std::int64_t pieces = (task.num_rows + task.piece_tokens - 1) / task.piece_tokens;
-      ASSERT_EQ(task.num_items, pieces * task.row_blocks);
+      ASSERT_EQ(task.num_pieces, (task.num_rows + task.piece_tokens - 1) / task.piece_tokens);
+      ASSERT_EQ(task.num_items, task.num_pieces * task.row_blocks);
     }
   }
 }

@@ -39,6 +39,14 @@ __device__ __forceinline__ void bulk_copy(std::uint32_t smem, const void* global
       : "memory");
 }
 
+// Sends num_bytes (a multiple of 16, 16-byte aligned) towards L2. One thread issues it.
+__device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t num_bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(num_bytes)
+               : "memory");
+#endif
+}
+
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine.
 __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -286,10 +286,20 @@ struct HalfRecord {
     constexpr int kTilesPerPart = 4 / kParts;
     const auto& tiles = words.prepare(lane);
     float sum[2][kTiles][4];
+    // x of all columns first, where registers allow: each load would be waited for.
+    constexpr int kEarly = kTiles == 1 ? 4 : 1;
+    std::uint32_t fragments[kEarly][kTiles][4];
     static_for<4>([&](auto j) {
-      std::uint32_t fragment[kTiles][4];
+      if constexpr (j % kEarly == 0) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) ldmatrix_x4(fragment[n], b[n] + j * 64);
+        for (int early = 0; early < kEarly; ++early) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            ldmatrix_x4(fragments[early][n], b[n] + (j + early) * 64);
+          }
+        }
+      }
+      const auto& fragment = fragments[j % kEarly];
       static_for<2>([&](auto r) {
         if constexpr (j % kTilesPerPart == 0) {
 #pragma unroll

@@ -77,14 +77,13 @@ __device__ __forceinline__ void store_output(const OutputPlace& place, bool is_f
   }
 }
 
-// The sums of a group's row blocks of a set. Warp w of the group owns tokens w and w + 8, lane l
-// rows 2 l and 2 l + 1. One barrier a row block: sums alternate between two buffers.
+// The sums of a set's row blocks. Warp w owns tokens w and w + 8, lane l rows 2 l and 2 l + 1. One
+// barrier a row block: sums alternate between two buffers.
 template <typename T, int kTiles>
 class BlockSums {
  public:
   __device__ BlockSums(const SbmmLaunch& params, const SbmmDeviceTask& task, float* sums,
-                       int first_token, int num_tokens, int first_block, int group, int warp,
-                       int lane)
+                       int first_token, int num_tokens, int first_block, int warp, int lane)
       : is_float_(params.y_dtype == DType::kFloat32),
         y_(static_cast<unsigned char*>(params.y)),
         token_stride_(params.y_stride * kTokenTile),
@@ -94,7 +93,6 @@ class BlockSums {
         num_tokens_(num_tokens),
         warp_(warp),
         lane_(lane),
-        group_(group),
         buffer_(0) {
     offset_ = (static_cast<std::int64_t>(task.first_row) + first_token + warp) * params.y_stride +
               task.out_offset + first_block * kRecordRows + 2 * lane;
@@ -108,7 +106,7 @@ class BlockSums {
     }
   }
 
-  // Writes the row block at hand, and goes on to the group's next.
+  // Writes the row block at hand, and goes on to the next.
   __device__ __forceinline__ void finish(const float (&acc)[2][kTiles][4]) {
     const int buffer = buffer_ * (kColumnParts * num_tokens_ * kSumPitch);
     float* to = to_ + buffer;
@@ -125,7 +123,7 @@ class BlockSums {
         column[24] = acc[1][n][2 + i];
       }
     }
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + group_), "n"(kGroupThreads) : "memory");
+    __syncthreads();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       if (warp_ + n * kTokenTile >= num_tokens_) continue;
@@ -143,8 +141,8 @@ class BlockSums {
                        y.y + ((p[0].y + p[1].y) + (p[2].y + p[3].y))});
     }
     buffer_ ^= 1;
-    offset_ += kGroups * kRecordRows;
-    rows_left_ -= kGroups * kRecordRows;
+    offset_ += kRecordRows;
+    rows_left_ -= kRecordRows;
   }
 
  private:
@@ -165,7 +163,7 @@ class BlockSums {
   std::int64_t token_stride_, offset_;
   const float* from_;
   float* to_;
-  int rows_left_, num_tokens_, warp_, lane_, group_, buffer_;
+  int rows_left_, num_tokens_, warp_, lane_, buffer_;
   uint2 y_before_[kTiles] = {};
 };
 

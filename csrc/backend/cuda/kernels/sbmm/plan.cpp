@@ -12,8 +12,22 @@ constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) {
   return (value + by - 1) / by;
 }
 
+constexpr std::int64_t kXRecordBytes = kRecordColumns * 2;
 constexpr std::int64_t x_row_bytes(std::int64_t records) {
-  return records * (kRecordColumns * 2) + kXPadBytes;
+  return records * kXRecordBytes + kXPadBytes;
+}
+
+// Pieces of at most `most` tokens, as equal as can be: x of a piece lies in shared memory.
+void cut_pieces(SbmmDeviceTask& task, std::int64_t most) {
+  // A second tile of tokens costs almost what a piece does, unless both are full.
+  if (task.num_rows > most && most < kPassTokens) most = std::min<std::int64_t>(most, kTokenTile);
+  const std::int64_t pieces = divide_up(task.num_rows, most);
+  task.piece_tokens = static_cast<std::int32_t>(divide_up(task.num_rows, pieces));
+  task.num_pieces = static_cast<std::int32_t>(divide_up(task.num_rows, task.piece_tokens));
+  task.num_chunks = 1;
+  const std::int64_t items = std::int64_t{task.num_pieces} * task.row_blocks;
+  DZ_CHECK(items < INT32_MAX, "sbmm: a task has too many items, ", items);
+  task.num_items = static_cast<std::int32_t>(items);
 }
 
 SbmmDeviceTask describe(const SbmmTask& task) {
@@ -34,35 +48,28 @@ SbmmDeviceTask describe(const SbmmTask& task) {
   out.scales_offset = layout.scales_offset;
   out.type = delta.type;
   out.scale_parts = static_cast<std::uint8_t>(layout.scale_parts);
-  // Pieces of tokens, as equal as can be: x of a piece lies in shared memory.
   const std::int64_t fit = kSharedBytes / (x_row_bytes(layout.records) + kSumBytesPerToken);
   DZ_CHECK(fit > 0, "sbmm: a row of ", delta.columns, " columns exceeds ", kSharedBytes,
            " bytes of shared memory");
-  const std::int64_t pieces = divide_up(task.num_rows, std::min<std::int64_t>(fit, kPassTokens));
-  out.piece_tokens = static_cast<std::int32_t>(divide_up(task.num_rows, pieces));
-  const std::int64_t items = divide_up(task.num_rows, out.piece_tokens) * out.row_blocks;
-  DZ_CHECK(items < INT32_MAX, "sbmm: a task has too many items, ", items);
-  out.num_items = static_cast<std::int32_t>(items);
+  cut_pieces(out, std::min<std::int64_t>(fit, kPassTokens));
   return out;
 }
 
-// Shared memory of a launch, the same for all its CTAs.
-SbmmCtaRange divide_shared(std::span<const SbmmDeviceTask> tasks) {
-  std::int64_t tokens = 1, x = 0;
+// Bytes of partial sums, the same for all CTAs of a launch. Every launch's pieces must fit
+// together: a wide task may not meet the sums of many tokens.
+std::int32_t divide_shared(std::span<SbmmDeviceTask> tasks) {
+  std::int64_t x = 0;
   for (const SbmmDeviceTask& task : tasks) {
-    if (task.num_items == 0) continue;
-    tokens = std::max<std::int64_t>(tokens, task.piece_tokens);
-    x = std::max(x, task.piece_tokens * x_row_bytes(task.records));
+    if (task.num_items > 0) x = std::max(x, task.piece_tokens * x_row_bytes(task.records));
   }
-  const std::int64_t sums = tokens * kSumBytesPerToken;
-  const std::int64_t room = kSharedBytes - sums;
-  SbmmCtaRange out{};
-  out.sum_bytes = static_cast<std::int32_t>(sums);
-  out.x_bytes = static_cast<std::int32_t>(x);
-  out.x_buffers = 2 * x <= room ? 2 : 1;
-  DZ_CHECK(x <= room, "sbmm: x of ", x, " bytes and sums of ", sums, " exceed ", kSharedBytes,
-           " bytes of shared memory");
-  return out;
+  const std::int64_t most = std::max<std::int64_t>((kSharedBytes - x) / kSumBytesPerToken, 1);
+  std::int32_t tokens = 1;
+  for (SbmmDeviceTask& task : tasks) {
+    if (task.num_items == 0) continue;
+    if (task.piece_tokens > most) cut_pieces(task, most);
+    tokens = std::max(tokens, task.piece_tokens);
+  }
+  return tokens * kSumBytesPerToken;
 }
 
 // What a record costs, in bytes read. Decoding bounds the smallest, further tokens add arithmetic.
@@ -75,18 +82,54 @@ std::int64_t record_cost(const SbmmDeviceTask& task) {
 std::int64_t item_cost(const SbmmDeviceTask& task) { return task.records * record_cost(task); }
 std::int64_t task_cost(const SbmmDeviceTask& task) { return task.num_items * item_cost(task); }
 
-void share_items(SbmmPlan& plan, std::int32_t num_ctas, const SbmmCtaRange& division) {
+// Several pieces read the same records. Where a CTA takes a chunk of one piece, those of the other
+// pieces run beside it, and all but one find the records in L2. No chunk is smaller than a CTA's
+// share: then no CTA gets two.
+void cut_chunks(SbmmDeviceTask& task, std::int64_t share_cost) {
+  if (task.num_pieces < 2) return;
+  const std::int64_t share = divide_up(std::max<std::int64_t>(share_cost, 1), item_cost(task));
+  task.num_chunks = static_cast<std::int32_t>(std::max<std::int64_t>(task.row_blocks / share, 1));
+}
+
+// Where a CTA's items end that would end with `item`: a chunk's piece stays whole.
+std::int64_t border(const SbmmDeviceTask& task, std::int64_t item) {
+  if (task.num_chunks == 1 || item >= task.num_items) return item;
+  const std::int32_t chunk = chunk_of(task, static_cast<std::int32_t>(item));
+  const std::int64_t first = chunk_begin(task, chunk),
+                     blocks = chunk_begin(task, chunk + 1) - first;
+  const std::int64_t begin = first * task.num_pieces;
+  return begin + (item - begin + blocks / 2) / blocks * blocks;
+}
+
+// The first set of a range.
+void begin_range(SbmmCtaRange& range, std::span<const SbmmDeviceTask> tasks) {
+  std::int32_t item = range.first_item;
+  for (std::int32_t i = range.first_task; i <= range.last_task && !tasks.empty(); ++i, item = 0) {
+    const SbmmDeviceTask& task = tasks[static_cast<std::size_t>(i)];
+    const std::int32_t end = i == range.last_task ? range.last_item : task.num_items;
+    if (item >= end) continue;
+    range.set.task = task;
+    range.set_task = i;
+    range.next_item = item + set_place(range.set, item, end);
+    return;
+  }
+}
+
+void share_items(SbmmPlan& plan, std::int32_t num_ctas, std::int32_t sum_bytes) {
   std::int64_t total = 0;
   for (const SbmmDeviceTask& task : plan.tasks) total += task_cost(task);
+  for (SbmmDeviceTask& task : plan.tasks) {
+    if (task.num_items > 0) cut_chunks(task, divide_up(total, num_ctas));
+  }
   plan.ranges.resize(static_cast<std::size_t>(num_ctas));
   const std::size_t num_tasks = plan.tasks.size();
   std::size_t at = 0;
   std::int64_t begin = 0;  // cost before task `at`
-  SbmmCtaRange next = division;
+  SbmmCtaRange next{};
+  next.sum_bytes = sum_bytes;
   for (std::int32_t cta = 0; cta < num_ctas; ++cta) {
     SbmmCtaRange& range = plan.ranges[static_cast<std::size_t>(cta)];
     range = next;
-    if (num_tasks > 0) range.task = plan.tasks[static_cast<std::size_t>(range.first_task)];
     const std::int64_t until = total * (cta + 1) / num_ctas;
     while (at + 1 < num_tasks) {
       const std::int64_t cost = task_cost(plan.tasks[at]);
@@ -102,29 +145,13 @@ void share_items(SbmmPlan& plan, std::int32_t num_ctas, const SbmmCtaRange& divi
       const std::int64_t cost = item_cost(task);
       const std::int64_t item =
           (std::max<std::int64_t>(until - begin, 0) + cost / 2) / cost;  // the nearest
-      range.last_item =
-          cta + 1 == num_ctas
-              ? task.num_items
-              : static_cast<std::int32_t>(std::clamp<std::int64_t>(item, least, task.num_items));
+      range.last_item = cta + 1 == num_ctas ? task.num_items
+                                            : static_cast<std::int32_t>(std::clamp<std::int64_t>(
+                                                  border(task, item), least, task.num_items));
     }
+    begin_range(range, plan.tasks);
     next.first_task = range.last_task;
     next.first_item = range.last_item;
-  }
-}
-
-// Every launch's pieces must fit together: a wide task may not meet the sums of many tokens.
-void narrow_pieces(std::span<SbmmDeviceTask> tasks) {
-  std::int64_t x = 0;
-  for (const SbmmDeviceTask& task : tasks) {
-    if (task.num_items > 0) x = std::max(x, task.piece_tokens * x_row_bytes(task.records));
-  }
-  const std::int64_t most = std::max<std::int64_t>((kSharedBytes - x) / kSumBytesPerToken, 1);
-  for (SbmmDeviceTask& task : tasks) {
-    if (task.num_items == 0 || task.piece_tokens <= most) continue;
-    const std::int64_t pieces = divide_up(task.num_rows, most);
-    task.piece_tokens = static_cast<std::int32_t>(divide_up(task.num_rows, pieces));
-    task.num_items =
-        static_cast<std::int32_t>(divide_up(task.num_rows, task.piece_tokens) * task.row_blocks);
   }
 }
 
@@ -133,8 +160,8 @@ void narrow_pieces(std::span<SbmmDeviceTask> tasks) {
 void make_sbmm_plan(SbmmPlan& plan, std::span<const SbmmTask> tasks, std::int32_t num_ctas) {
   plan.tasks.clear();
   for (const SbmmTask& task : tasks) plan.tasks.push_back(describe(task));
-  narrow_pieces(plan.tasks);
-  share_items(plan, num_ctas, divide_shared(plan.tasks));
+  const std::int32_t sum_bytes = divide_shared(plan.tasks);
+  share_items(plan, num_ctas, sum_bytes);
 }
 
 }  // namespace deltazip::cuda

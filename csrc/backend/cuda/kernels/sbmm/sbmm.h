@@ -10,8 +10,8 @@
 namespace deltazip::cuda {
 
 // y[row, out_offset + n] += sum over k of x[row, k] * delta[n, k], for the rows of every task.
-// All pointers are device memory. num_ctas may not exceed the number of multiprocessors by design:
-// one CTA fills one.
+// All pointers are device memory. num_ctas should be kCtasPerSm times the number of
+// multiprocessors.
 struct SbmmLaunch {
   const void* x;  // [rows, x_stride]
   void* y;        // [rows, y_stride]
