@@ -302,5 +302,14 @@ TEST(SbmmPlanTest, EveryItemHasOneCta) {
   }
 }
 
+TEST(SbmmPlanTest, RefusesAMatrixOfMoreThan4GiB) {
+  const int dummy = 0;
+  SbmmTask task;
+  task.delta = {&dummy, DeltaType::kDenseInt8, 128, std::int64_t{1} << 20, 8192};
+  task.num_rows = 1;
+  SbmmPlan plan;
+  EXPECT_THROW(make_sbmm_plan(plan, {&task, 1}, 132), InvalidArgument);
+}
+
 }  // namespace
 }  // namespace deltazip::testing

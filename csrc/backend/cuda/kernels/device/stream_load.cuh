@@ -7,6 +7,10 @@
 
 namespace deltazip::cuda {
 
+// What createpolicy.fractional.L2::evict_first says for 1.0 (CUTLASS has it as a constant too). As
+// an instruction's result it costs every load two moves to uniform registers.
+inline constexpr std::uint64_t kEvictFirst = 0x12F0000000000000ULL;
+
 __device__ __forceinline__ uint4 stream_load(const uint4* from, std::uint64_t policy) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"

@@ -27,6 +27,15 @@ template <int kCount, typename Body>
 __device__ __forceinline__ void static_for(Body&& body) {
   for_each_index(std::make_integer_sequence<int, kCount>{}, body);
 }
+template <int... kI, typename Body>
+__device__ __forceinline__ bool all_of_indices(std::integer_sequence<int, kI...>, Body&& body) {
+  return (body(std::integral_constant<int, kI>{}) && ...);
+}
+// Until one says false.
+template <int kCount, typename Body>
+__device__ __forceinline__ bool all_of_first(Body&& body) {
+  return all_of_indices(std::make_integer_sequence<int, kCount>{}, body);
+}
 
 // Two equal constants of 16 bits.
 template <typename T>
@@ -98,6 +107,17 @@ __device__ __forceinline__ std::uint32_t decode_bytes(std::uint32_t word) {
   }
 }
 
+// Where a lane reads its words of a record, and its scales. Records further on are an offset of 32
+// bits away: one register to count up for all three.
+struct LaneSource {
+  const unsigned char *first, *second, *scales;
+};
+template <typename V>
+__device__ __forceinline__ V load_words(const unsigned char* from, std::uint32_t offset,
+                                        int index = 0) {
+  return stream_load(reinterpret_cast<const V*>(from + offset) + index, kEvictFirst);
+}
+
 // Row tiles 2 pair and 2 pair + 1 of a record, as lane 4 q + c holds them: load() asks for the
 // words, prepare() is the part of decoding that all tiles share, multiply<r, j>() adds tile (2 pair
 // + r, j) times b to sum.
@@ -110,12 +130,14 @@ struct Words<DeltaType::kSparse24Int4> {
   static constexpr int kRegisters = 12;
   uint4 values[2], indices;
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
-                                       std::uint64_t policy) {
-    const auto* from = reinterpret_cast<const uint4*>(record) + lane;
-    values[0] = stream_load(from + pair * 64, policy);
-    values[1] = stream_load(from + pair * 64 + 32, policy);
-    indices = stream_load(from + 128 + pair * 32, policy);
+  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
+    record += lane * 16;
+    return {record + pair * 1024, record + kRecordRows * kRecordColumns / 4 + pair * 512, nullptr};
+  }
+  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
+    values[0] = load_words<uint4>(from.first, offset);
+    values[1] = load_words<uint4>(from.first, offset, 32);
+    indices = load_words<uint4>(from.second, offset);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
@@ -137,11 +159,12 @@ struct Words<DeltaType::kSparse24Int2> {
   static constexpr int kRegisters = 8;
   uint4 values, indices;
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
-                                       std::uint64_t policy) {
-    const auto* from = reinterpret_cast<const uint4*>(record) + pair * 32 + lane;
-    values = stream_load(from, policy);
-    indices = stream_load(from + 64, policy);
+  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
+    return {record + (pair * 32 + lane) * 16, nullptr, nullptr};
+  }
+  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
+    values = load_words<uint4>(from.first, offset);
+    indices = load_words<uint4>(from.first, offset, 64);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
@@ -183,12 +206,13 @@ struct Words<DeltaType::kSparse24Ternary> {
   uint4 words;  // planes a, b, c; signs of rows q
   std::uint32_t lower_signs;
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
-                                       std::uint64_t policy) {
-    words = stream_load(reinterpret_cast<const uint4*>(record) + pair * 32 + lane, policy);
-    lower_signs = stream_load(
-        reinterpret_cast<const std::uint32_t*>(record + kTernaryLowerSigns) + pair * 32 + lane,
-        policy);
+  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
+    const int at = pair * 32 + lane;
+    return {record + at * 16, record + kTernaryLowerSigns + at * 4, nullptr};
+  }
+  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
+    words = load_words<uint4>(from.first, offset);
+    lower_signs = load_words<std::uint32_t>(from.second, offset);
   }
   __device__ __forceinline__ TernaryTiles prepare(int lane_index) const {
     const auto lane = static_cast<std::uint32_t>(lane_index);
@@ -210,11 +234,12 @@ struct Words<DeltaType::kDenseInt4> {
   static constexpr int kRegisters = 16;
   uint2 words[8];
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
-                                       std::uint64_t policy) {
-    const auto* from = reinterpret_cast<const uint2*>(record) + pair * 256 + lane;
+  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
+    return {record + (pair * 256 + lane) * static_cast<int>(sizeof(uint2)), nullptr, nullptr};
+  }
+  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = stream_load(from + i * 32, policy);
+    for (int i = 0; i < 8; ++i) words[i] = load_words<uint2>(from.first, offset, i * 32);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
@@ -238,11 +263,12 @@ struct Words<DeltaType::kDenseInt8> {
   static constexpr int kRegisters = 32;
   uint4 words[8];
 
-  __device__ __forceinline__ void load(const unsigned char* record, int pair, int lane,
-                                       std::uint64_t policy) {
-    const auto* from = reinterpret_cast<const uint4*>(record) + pair * 256 + lane;
+  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
+    return {record + (pair * 256 + lane) * static_cast<int>(sizeof(uint4)), nullptr, nullptr};
+  }
+  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = stream_load(from + i * 32, policy);
+    for (int i = 0; i < 8; ++i) words[i] = load_words<uint4>(from.first, offset, i * 32);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
   template <typename T, int kR, int kJ, int kTiles>
@@ -268,18 +294,23 @@ struct HalfRecord {
   Words<kType> words;
   uint2 scales[kParts];
 
-  __device__ __forceinline__ void load(const unsigned char* record, int scales_offset, int pair,
-                                       int lane, std::uint64_t policy) {
-    words.load(record, pair, lane, policy);
-    const auto* from = reinterpret_cast<const uint2*>(record + scales_offset) + lane / 4 * 2 + pair;
+  __device__ static LaneSource source(const unsigned char* record, int scales_offset, int pair,
+                                      int lane) {
+    LaneSource from = Words<kType>::source(record, pair, lane);
+    from.scales = record + scales_offset + (lane / 4 * 2 + pair) * 8;
+    return from;
+  }
+  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
+    words.load(from, offset);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      scales[i] = stream_load(from + i * (kScalePartBytes / 8), policy);
+      scales[i] = load_words<uint2>(from.scales, offset, i * (kScalePartBytes / 8));
     }
   }
 
   // acc += these rows times kTiles * 8 tokens. Scales are applied to the sums of a group, not to
-  // its weights. b[n]: this lane's ldmatrix address of token tile n at the record's column 0.
+  // its weights, kUnit by the caller. b[n]: this lane's ldmatrix address of token tile n at the
+  // record's column 0.
   template <typename T, int kTiles>
   __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], int lane,
                                            const std::uint32_t (&b)[kTiles]) const {
@@ -316,13 +347,12 @@ struct HalfRecord {
         for (int r = 0; r < 2; ++r) {
           const std::uint32_t both = r == 0 ? packed.x : packed.y;
           const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&both));
-          const float upper = scale.x * Words<kType>::kUnit, lower = scale.y * Words<kType>::kUnit;
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
-            acc[r][n][0] = fmaf(sum[r][n][0], upper, acc[r][n][0]);
-            acc[r][n][1] = fmaf(sum[r][n][1], upper, acc[r][n][1]);
-            acc[r][n][2] = fmaf(sum[r][n][2], lower, acc[r][n][2]);
-            acc[r][n][3] = fmaf(sum[r][n][3], lower, acc[r][n][3]);
+            acc[r][n][0] = fmaf(sum[r][n][0], scale.x, acc[r][n][0]);
+            acc[r][n][1] = fmaf(sum[r][n][1], scale.x, acc[r][n][1]);
+            acc[r][n][2] = fmaf(sum[r][n][2], scale.y, acc[r][n][2]);
+            acc[r][n][3] = fmaf(sum[r][n][3], scale.y, acc[r][n][3]);
           }
         }
       }

@@ -121,24 +121,25 @@ __device__ __noinline__ void multiply_set(const SbmmSet& its_set, const SbmmLaun
   // warps have no record in the last step of a row block.
   const int steps = (records + kColumnParts - 1) / kColumnParts;
   const int total = steps * num_blocks;
-  const int step_bytes = kColumnParts * record_bytes;
-  const int block_bytes = (records - kColumnParts * steps) * record_bytes;
-  const std::uint64_t policy = policy_evict_first();
-  const unsigned char* from =
-      static_cast<const unsigned char*>(set.task.data) +
-      (static_cast<std::int64_t>(set.begin) * records + part) * record_bytes;
+  const std::uint32_t step_bytes = kColumnParts * record_bytes;
+  const std::uint32_t block_bytes = (records - kColumnParts * steps) * record_bytes;
+  const LaneSource source =
+      Half::source(static_cast<const unsigned char*>(set.task.data) +
+                       (static_cast<std::int64_t>(set.begin) * records + part) * record_bytes,
+                   scales_offset, pair, lane);
+  std::uint32_t offset = 0;
   int fetch_record = part, fetches = total;
   // Values at the start, or ptxas takes them for live before the function and spills them.
   Half halves[kAhead] = {};
   const auto fetch = [&](Half& half) {
     if (fetches > 0) {
-      if (fetch_record < records) half.load(from, scales_offset, pair, lane, policy);
+      if (fetch_record < records) half.load(source, offset);
       --fetches;
-      from += step_bytes;
+      offset += step_bytes;
       fetch_record += kColumnParts;
       if (fetch_record >= steps * kColumnParts) {
         fetch_record = part;
-        from += block_bytes;
+        offset += block_bytes;
       }
     }
   };
@@ -187,6 +188,10 @@ __device__ __noinline__ void multiply_set(const SbmmSet& its_set, const SbmmLaun
         record = part;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) at[n] -= steps * (kColumnParts * kRecordColumns * 2);
+        static_for<2 * kTiles>([&](auto k) {
+#pragma unroll
+          for (float& sum : acc[k / kTiles][k % kTiles]) sum *= Words<kType>::kUnit;
+        });
         sums.finish(acc);
         if (left > 0) sums.read_output();
 #pragma unroll

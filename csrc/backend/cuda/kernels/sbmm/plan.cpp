@@ -37,6 +37,10 @@ SbmmDeviceTask describe(const SbmmTask& task) {
   const DeltaMatrix& delta = task.delta;
   const RecordLayout layout =
       record_layout(delta.type, delta.rows, delta.columns, delta.group_size);
+  // The kernel counts from a CTA's first row block in 32 bits.
+  const std::int64_t num_bytes = layout.row_blocks * layout.records * layout.record_bytes;
+  DZ_CHECK(num_bytes <= UINT32_MAX, "sbmm: a delta's matrix may have 4 GiB, got ", num_bytes,
+           " bytes");
   out.first_row = task.first_row;
   out.num_rows = task.num_rows;
   out.out_offset = static_cast<std::int32_t>(task.out_offset);
