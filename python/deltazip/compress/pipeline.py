@@ -82,8 +82,7 @@ def compress(
     """
     started = time.monotonic()
     packed.check_codec(lossless)
-    if (out / FILE_NAME).exists() and not overwrite:
-        raise CompressError(f"{out / FILE_NAME} is there already; remove it or pass --overwrite")
+    check_out(out, overwrite=overwrite)
     tuned = finetuned if isinstance(finetuned, Checkpoint) else Checkpoint(finetuned)
     models = Models(Checkpoint(base), tuned)
     shape = check_pair(models.base, tuned)
@@ -185,6 +184,13 @@ def _check_ids(sequences: Iterable[tuple[int, ...]], shape: LlamaShape, path: Pa
         raise CompressError(
             f"{path}: the fine-tune's tokenizer gives token {highest}, the model has {shape.vocab}"
         )
+
+
+def check_out(folder: Path, *, overwrite: bool) -> None:
+    """Raises CompressError if a delta lies in `folder` that may not be replaced."""
+    path = folder / FILE_NAME
+    if path.exists() and not overwrite:
+        raise CompressError(f"{path} is there already; remove it or pass --overwrite")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

@@ -10,7 +10,7 @@ from deltazip.compress.delta_file import (
     DeltaFile,
     write_delta,
 )
-from deltazip.compress.pipeline import TOKENIZER_FILES
+from deltazip.compress.pipeline import TOKENIZER_FILES, check_out
 from deltazip.compress.stored import Stored, atomic_file
 
 
@@ -32,13 +32,15 @@ def repack(
 
     Raises:
         DeltaFileError: the delta is damaged.
-        ValueError: the output is there already, or the codec is unknown.
+        CompressError: the output is there already.
+        ValueError: the codec is unknown.
         OSError: the disk is full or not writable; what was there is left as it was.
     """
     source = DeltaFile(delta)
-    target = source.path if out is None else out / FILE_NAME
-    if out is not None and target.exists() and not overwrite:
-        raise ValueError(f"{target} is there already; remove it or pass --overwrite")
+    target = source.path
+    if out is not None:
+        check_out(out, overwrite=overwrite)
+        target = out / FILE_NAME
     stored: dict[str, Stored] = {}
     for number, (name, (dtype, shape)) in enumerate(source.layout.items()):
 

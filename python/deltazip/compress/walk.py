@@ -213,10 +213,8 @@ class Run:
                     running[short] = before
                     continue
                 factor = factor or Factor(sums.value(), self.settings.damping)
-                lacking = factor.weights_for(sums.missing_output(wanted))
-                delta = wanted - before + self.settings.correction * lacking
                 try:
-                    solved = solve(delta, factor, self.spec)
+                    solved = solve(self.delta(before, wanted, sums, factor), factor, self.spec)
                 except ValueError as error:
                     raise CompressError(f"tensor '{prefix}{short}': {error}") from error
                 piece.matrix(prefix + short, solved)
@@ -236,6 +234,17 @@ class Run:
         self.workspace.save_piece(
             f"layer-{layer:03d}", piece.entries, piece.stored, piece.report, hidden=1 - which
         )
+
+    def delta(self, before: Tensor, wanted: Tensor, sums: HessianSum, factor: Factor) -> Tensor:
+        """What is compressed: the fine-tune's movement, and what makes up for earlier errors.
+
+        before, wanted: [rows, columns], the base's and the fine-tune's. sums: over the inputs,
+        whose Hessian `factor` is of.
+        """
+        delta = wanted - before
+        if self.settings.correction:
+            delta += self.settings.correction * factor.weights_for(sums.missing_output(wanted))
+        return delta
 
     def walk(
         self,
@@ -339,7 +348,6 @@ class Run:
                 sums.add(batch, [self.forward.norm(rows, norm) for rows in states])
         factor = Factor(sums.value(), self.settings.damping)
         spec = Spec(type_, self.settings.embedding_group_size)
-        wanted = tuned.float().to(self.device)
-        lacking = factor.weights_for(sums.missing_output(wanted))
-        delta = wanted - base.float().to(self.device) + self.settings.correction * lacking
+        before, wanted = base.float().to(self.device), tuned.float().to(self.device)
+        delta = self.delta(before, wanted, sums, factor)
         piece.matrix(llama.HEAD, solve(delta, factor, spec))

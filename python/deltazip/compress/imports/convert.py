@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 
 from deltazip import __version__
-from deltazip.compress import llama, packed, pipeline
+from deltazip.compress import packed, pipeline
 from deltazip.compress.checkpoint import Checkpoint
-from deltazip.compress.delta_file import FILE_NAME, Entry, stored_of_matrix
+from deltazip.compress.delta_file import Entry, stored_of_matrix
 from deltazip.compress.imports.bitdelta import BitDeltaCheckpoint
 from deltazip.compress.imports.derived import DerivedCheckpoint
 from deltazip.compress.imports.lora import LoraCheckpoint
-from deltazip.compress.pack import DeltaType
 from deltazip.compress.pipeline import Result, compress, finish
 from deltazip.compress.plan import Settings, check_pair, estimate_file_bytes, plan_tensors
 from deltazip.compress.solver import Factor, Spec, round_to_nearest, solve
-from deltazip.compress.walk import CompressError, Models, Piece, Progress
+from deltazip.compress.walk import Models, Piece, Progress
 from deltazip.compress.workspace import Workspace
 
 KINDS: dict[str, type[LoraCheckpoint] | type[BitDeltaCheckpoint]] = {
@@ -62,8 +61,7 @@ def import_variant(
         )  # fmt: skip
     started = time.monotonic()
     packed.check_codec(lossless)
-    if (out / FILE_NAME).exists() and not overwrite:
-        raise CompressError(f"{out / FILE_NAME} is there already; remove it or pass --overwrite")
+    pipeline.check_out(out, overwrite=overwrite)
     models = Models(Checkpoint(base), tuned)
     planned = plan_tensors(models.base, check_pair(models.base, tuned), settings)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +105,7 @@ def _convert(
         piece.exact(name, before, after)
         return
     delta = (after.float() - before.float()).to(device)
-    if name == llama.EMBEDDING or spec.type in (DeltaType.DENSE_INT4, DeltaType.DENSE_INT8):
+    if not spec.type.is_sparse:
         piece.matrix(name, round_to_nearest([delta], spec))
         return
     columns = delta.shape[1]
