@@ -22,6 +22,7 @@ void bind_config(pybind11::module_& module) {
       .field("max_batch_tokens", &C::max_batch_tokens)
       .field("max_batch_sequences", &C::max_batch_sequences)
       .field("max_variants_per_batch", &C::max_variants_per_batch)
+      .field("prefill_chunk_tokens", &C::prefill_chunk_tokens)
       .field("max_waiting", &C::max_waiting)
       .field("max_model_len", &C::max_model_len)
       .field("max_variant_wait_steps", &C::max_variant_wait_steps)

@@ -18,6 +18,14 @@ constexpr milliseconds kIdleWait{10};
 // The scheduler must find something to run for waiting requests within this many turns.
 constexpr std::int32_t kMaxIdleTurns = 500;
 
+// A slot given to another may be one that the step under way still reads.
+bool overwrites_slots_of(const Plan& under_way, std::span<const DeltaLoad> loads) {
+  const auto is_read = [&](SlotId slot) { return under_way.reads(slot); };
+  return std::ranges::any_of(loads, [&](const DeltaLoad& load) {
+    return is_read(load.slot) || std::ranges::any_of(load.evicted, is_read);
+  });
+}
+
 }  // namespace
 
 Loop::Loop(Resources& resources, FrontDesk& desk, Outbox& outbox, LogSink log)
@@ -66,8 +74,7 @@ void Loop::turn() {
   Step& step = before == &steps_[0] ? steps_[1] : steps_[0];
   step.plan = scheduler_.plan();
   note(step.plan);
-  // A slot given to another may be one that the step under way still reads.
-  if (before != nullptr && !step.plan.loads.empty()) wait_for(*before);
+  if (before != nullptr && overwrites_slots_of(before->plan, step.plan.loads)) wait_for(*before);
   start_loads(step.plan);
   if (step.plan.empty()) {
     if (before != nullptr) return finish(*before);

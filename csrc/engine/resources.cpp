@@ -38,6 +38,7 @@ void check_config(const EngineConfig& config) {
   check_range("max_batch_tokens", config.max_batch_tokens, 0, 1 << 17);
   check_range("max_batch_sequences", config.max_batch_sequences, 0, 1 << 16);
   check_range("max_variants_per_batch", config.max_variants_per_batch, 0, 4096);
+  check_range("prefill_chunk_tokens", config.prefill_chunk_tokens, 0, 1 << 17);
   check_range("max_waiting", config.max_waiting, 1, 1 << 24);
   check_range("max_model_len", config.max_model_len, 0, 1 << 28);
   check_range("max_variant_wait_steps", config.max_variant_wait_steps, 1, 1 << 24);
@@ -252,6 +253,7 @@ SchedulerConfig Resources::scheduler_config() const {
   scheduler.block_size = config.block_size;
   scheduler.max_batch_tokens = config.max_batch_tokens;
   scheduler.max_batch_sequences = config.max_batch_sequences;
+  scheduler.prefill_chunk_tokens = config.prefill_chunk_tokens;
   scheduler.max_batch_logit_rows = max_logit_rows(config);
   scheduler.max_variants_per_batch = config.max_variants_per_batch;
   // Admission is the front desk's: what it let in is never refused here.

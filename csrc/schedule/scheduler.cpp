@@ -8,6 +8,10 @@
 
 namespace deltazip {
 
+bool Plan::reads(SlotId slot) const {
+  return std::ranges::any_of(chunks, [slot](const auto& chunk) { return chunk.slot == slot; });
+}
+
 Scheduler::Impl::Impl(const SchedulerConfig& given)
     : config(given),
       max_running(std::min(given.max_batch_sequences, given.max_batch_tokens)),
@@ -26,6 +30,9 @@ Scheduler::Impl::Impl(const SchedulerConfig& given)
   at_least_one(config.max_waiting, "max_waiting");
   at_least_one(config.max_model_len, "max_model_len");
   at_least_one(config.max_variant_wait_steps, "max_variant_wait_steps");
+  DZ_CHECK(config.prefill_chunk_tokens >= 0,
+           "scheduler: prefill_chunk_tokens must be at least 1, or 0 for no limit, got ",
+           config.prefill_chunk_tokens);
   DZ_CHECK(max_logit_rows >= max_running, "scheduler: max_batch_logit_rows must be at least ",
            max_running, ", one for each sequence of a step, got ", max_logit_rows);
   variants.emplace(kBaseVariant, std::make_unique<ScheduledVariant>());
@@ -185,6 +192,7 @@ Plan Scheduler::plan() {
   impl.displace_by_priority(plan);
   impl.schedule_running(plan);
   impl.admit_waiting(plan);
+  impl.extend_prefills(plan);
   impl.order_loads(plan);
   impl.finish_plan(plan);
   return plan;

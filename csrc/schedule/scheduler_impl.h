@@ -72,6 +72,8 @@ struct ScheduledVariant {
 };
 
 struct Scheduler::Impl {
+  static constexpr std::int32_t kNoLimit = std::numeric_limits<std::int32_t>::max();
+
   explicit Impl(const SchedulerConfig& given);
 
   // --- scheduler_state.cpp: one sequence or variant moves from one state to another ---
@@ -79,7 +81,8 @@ struct Scheduler::Impl {
   ScheduledVariant& find_variant(VariantId id) const;
   bool is_warm(const ScheduledVariant& variant) const;  // the base, or resident
   std::int32_t blocks_for(std::int64_t num_tokens) const;
-  void enqueue(Sequence& sequence);                // into its variant's waiting set
+  std::int32_t num_remaining(const Sequence& sequence) const;  // known tokens to be computed
+  void enqueue(Sequence& sequence);                            // into its variant's waiting set
   void admit(Sequence& sequence, bool with_turn);  // waiting -> running, with its cached prefix
   void start_running(Sequence& sequence);          // its blocks are set
   void preempt(Sequence& sequence, Plan& plan);    // running -> waiting, blocks given back
@@ -101,6 +104,7 @@ struct Scheduler::Impl {
   void displace_by_priority(Plan& plan);
   void schedule_running(Plan& plan);
   void admit_waiting(Plan& plan);
+  void extend_prefills(Plan& plan);
   void order_loads(Plan& plan);
   void finish_plan(Plan& plan);
 
@@ -113,7 +117,9 @@ struct Scheduler::Impl {
   bool fits_beside(const Sequence& sequence, bool only_turns) const;
   BlockId take_free_block();
   bool take_blocks(Sequence& sequence, Plan& plan);
+  std::int32_t prefill_share() const;
   void schedule(Sequence& sequence, std::int32_t num_tokens, Plan& plan);
+  void extend(Sequence& sequence, ScheduledChunk& chunk, std::int32_t num_tokens, Plan& plan);
 
   // --- scheduler_commit.cpp: what a plan under way has given ---
   void judge(const std::vector<Sequence*>& planned, bool is_advanced,
@@ -151,6 +157,7 @@ struct Scheduler::Impl {
   bool hold_places = false;         // an overdue sequence waits for a place or blocks
   bool hold_slots = false;          // an overdue variant waits for a slot
   std::int32_t num_open_seats = 0;  // not taken and not promised to an overdue variant
+  std::int32_t prefill_rows_left = kNoLimit;
 };
 
 }  // namespace deltazip

@@ -6,6 +6,12 @@
 #include "schedule/scheduler_impl.h"
 
 namespace deltazip {
+namespace {
+
+// A prefill that gets any rows gets so many: fewer read a delta for little.
+constexpr std::int32_t kLeastPrefillRows = 16;
+
+}  // namespace
 
 // A variant that made no progress for max_variant_wait_steps is overdue. The longest overdue is
 // served first: seats, slots, places and blocks are kept for it, and taken for it in the end.
@@ -154,9 +160,9 @@ void Scheduler::Impl::displace_by_priority(Plan& plan) {
 // Decodes have their row before any prefill takes more than one. Blocks go by rank: the first can
 // always have all others preempted, so it always advances.
 void Scheduler::Impl::schedule_running(Plan& plan) {
-  const auto num_remaining = [](const Sequence& sequence) {
-    return static_cast<std::int32_t>(sequence.tokens.size()) - sequence.num_computed;
-  };
+  const auto decodes = [this](const Sequence* sequence) { return num_remaining(*sequence) == 1; };
+  const bool is_limited = config.prefill_chunk_tokens > 0 && std::ranges::any_of(running, decodes);
+  prefill_rows_left = is_limited ? config.prefill_chunk_tokens : kNoLimit;
   for (std::size_t i = 0; i < running.size(); ++i) {
     const std::int32_t num_places = max_running - static_cast<std::int32_t>(plan.chunks.size());
     if (num_places <= 0) break;
@@ -164,11 +170,11 @@ void Scheduler::Impl::schedule_running(Plan& plan) {
     if (!take_blocks(sequence, plan)) continue;
     std::int32_t num_tokens = num_remaining(sequence);
     if (num_tokens > 1) {
-      const auto num_decodes = static_cast<std::int32_t>(
-          std::count_if(running.begin() + static_cast<std::ptrdiff_t>(i) + 1, running.end(),
-                        [&](const Sequence* s) { return num_remaining(*s) == 1; }));
-      num_tokens = std::min(num_tokens, config.max_batch_tokens - plan.num_tokens -
-                                            std::min(num_decodes, num_places - 1));
+      const auto num_decodes = static_cast<std::int32_t>(std::count_if(
+          running.begin() + static_cast<std::ptrdiff_t>(i) + 1, running.end(), decodes));
+      num_tokens = std::min(
+          {num_tokens, prefill_share(),
+           config.max_batch_tokens - plan.num_tokens - std::min(num_decodes, num_places - 1)});
       if (sequence.scores_prompt) {
         // A logit row stays for each that may follow.
         const auto num_after = static_cast<std::int32_t>(running.size() - i - 1);
@@ -186,19 +192,34 @@ void Scheduler::Impl::admit_waiting(Plan& plan) {
   if (has_something && (hold_places || !plan.preempted.empty())) return;
   while (static_cast<std::int32_t>(running.size()) < max_running &&
          static_cast<std::int32_t>(plan.chunks.size()) < max_running &&
-         plan.num_tokens < config.max_batch_tokens && plan.num_logit_rows < max_logit_rows) {
+         plan.num_tokens < config.max_batch_tokens && plan.num_logit_rows < max_logit_rows &&
+         prefill_rows_left > 0) {
     Sequence* sequence = best_candidate();
     if (sequence == nullptr || !fits_now(*sequence)) return;
     admit(*sequence, /*with_turn=*/false);
     if (!sequence->variant->is_base() && sequence->variant->num_running == 1) --num_open_seats;
     DZ_INTERNAL(take_blocks(*sequence, plan), "sequence ", sequence->id, " was said to fit");
-    const auto num_remaining =
-        static_cast<std::int32_t>(sequence->tokens.size()) - sequence->num_computed;
-    std::int32_t num_tokens = std::min(num_remaining, config.max_batch_tokens - plan.num_tokens);
+    std::int32_t num_tokens = std::min(
+        {num_remaining(*sequence), prefill_share(), config.max_batch_tokens - plan.num_tokens});
     if (sequence->scores_prompt) {
       num_tokens = std::min(num_tokens, max_logit_rows - plan.num_logit_rows);
     }
     schedule(*sequence, num_tokens, plan);
+  }
+}
+
+// What no other prefill took of a limit goes to those that lack rows, in the order of their chunks.
+void Scheduler::Impl::extend_prefills(Plan& plan) {
+  if (prefill_rows_left == kNoLimit) return;
+  for (std::size_t i = 0; i < plan.chunks.size(); ++i) {
+    Sequence& sequence = *in_flight[i];
+    std::int32_t num_tokens =
+        std::min({num_remaining(sequence) - sequence.num_in_flight, prefill_rows_left,
+                  config.max_batch_tokens - plan.num_tokens});
+    if (sequence.scores_prompt) {
+      num_tokens = std::min(num_tokens, max_logit_rows - plan.num_logit_rows);
+    }
+    if (num_tokens > 0) extend(sequence, plan.chunks[i], num_tokens, plan);
   }
 }
 
@@ -302,17 +323,38 @@ bool Scheduler::Impl::take_blocks(Sequence& sequence, Plan& plan) {
   return true;
 }
 
+// Half of what is left of a limit: who comes later, or ranks lower, finds some as well.
+std::int32_t Scheduler::Impl::prefill_share() const {
+  if (prefill_rows_left == kNoLimit) return kNoLimit;
+  const std::int32_t half = prefill_rows_left / 2 + prefill_rows_left % 2;
+  return std::min(prefill_rows_left, std::max(half, kLeastPrefillRows));
+}
+
 void Scheduler::Impl::schedule(Sequence& sequence, std::int32_t num_tokens, Plan& plan) {
-  const auto start = static_cast<std::size_t>(sequence.num_computed);
-  const auto count = static_cast<std::size_t>(num_tokens);
-  sequence.num_in_flight = num_tokens;
-  sequence.samples_in_flight = start + count == sequence.tokens.size();
   in_flight.push_back(&sequence);
+  if (!sequence.scores_prompt) ++plan.num_logit_rows;
+  ScheduledChunk& chunk = plan.chunks.emplace_back();
+  chunk.id = sequence.id;
+  chunk.variant = sequence.variant->id;
+  chunk.slot = sequence.variant->slot;
+  chunk.start = sequence.num_computed;
+  chunk.blocks = sequence.blocks;
+  extend(sequence, chunk, num_tokens, plan);
+}
+
+void Scheduler::Impl::extend(Sequence& sequence, ScheduledChunk& chunk, std::int32_t num_tokens,
+                             Plan& plan) {
+  const bool is_prefill = num_remaining(sequence) > 1;
+  if (is_prefill && prefill_rows_left != kNoLimit) prefill_rows_left -= num_tokens;
+  sequence.num_in_flight += num_tokens;
+  sequence.samples_in_flight = sequence.num_in_flight == num_remaining(sequence);
+  chunk.num_tokens = sequence.num_in_flight;
+  chunk.samples = sequence.samples_in_flight;
+  chunk.tokens = std::span(sequence.tokens)
+                     .subspan(static_cast<std::size_t>(chunk.start),
+                              static_cast<std::size_t>(chunk.num_tokens));
   plan.num_tokens += num_tokens;
-  plan.num_logit_rows += sequence.scores_prompt ? num_tokens : 1;
-  plan.chunks.push_back({sequence.id, sequence.variant->id, sequence.variant->slot,
-                         sequence.num_computed, num_tokens, sequence.samples_in_flight,
-                         std::span(sequence.tokens).subspan(start, count), sequence.blocks});
+  if (sequence.scores_prompt) plan.num_logit_rows += num_tokens;
 }
 
 }  // namespace deltazip

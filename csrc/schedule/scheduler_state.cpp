@@ -24,6 +24,10 @@ bool Scheduler::Impl::is_warm(const ScheduledVariant& variant) const {
   return variant.slot != kNoSlot && slots.state(variant.slot) == DeltaSlots::State::kResident;
 }
 
+std::int32_t Scheduler::Impl::num_remaining(const Sequence& sequence) const {
+  return static_cast<std::int32_t>(sequence.tokens.size()) - sequence.num_computed;
+}
+
 std::int32_t Scheduler::Impl::blocks_for(std::int64_t num_tokens) const {
   return static_cast<std::int32_t>((num_tokens + config.block_size - 1) / config.block_size);
 }

@@ -40,6 +40,7 @@ class EngineConfig:
     max_batch_tokens: int
     max_batch_sequences: int
     max_variants_per_batch: int
+    prefill_chunk_tokens: int
     max_waiting: int
     max_model_len: int
     max_variant_wait_steps: int

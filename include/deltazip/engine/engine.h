@@ -35,6 +35,7 @@ struct EngineConfig {
   std::int32_t max_batch_tokens = 0;        // 0: 512 on a CPU, 8192 on a device
   std::int32_t max_batch_sequences = 0;     // 0: 64 on a CPU, 256 on a device
   std::int32_t max_variants_per_batch = 0;  // 0: 8 on a CPU, 64 on a device
+  std::int32_t prefill_chunk_tokens = 0;    // prompt rows of a step that also decodes; 0: no limit
   std::int32_t max_waiting = 4096;
   std::int32_t max_model_len = 0;  // 0: the model's own
   std::int32_t max_variant_wait_steps = 64;

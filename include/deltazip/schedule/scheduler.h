@@ -18,6 +18,7 @@ struct SchedulerConfig {
   std::int32_t block_size = 16;         // KV positions of a block
   std::int32_t max_batch_tokens = 512;  // rows of one step, prefill chunks and decodes together
   std::int32_t max_batch_sequences = 64;
+  std::int32_t prefill_chunk_tokens = 0;  // prompt rows of a step that also decodes; 0: no limit
   std::int32_t max_batch_logit_rows = 0;  // rows of one step whose logits are wanted; 0: all may be
   std::int32_t max_variants_per_batch = 8;  // distinct deltas in one step
   std::int32_t max_waiting = 4096;          // sequences; one more is refused
@@ -75,6 +76,7 @@ struct Plan {
   std::int32_t num_tokens = 0;
   std::int32_t num_logit_rows = 0;  // at most
   bool empty() const { return chunks.empty(); }
+  bool reads(SlotId slot) const;  // some chunk's delta lies there
 };
 
 struct SchedulerStats {
@@ -119,7 +121,7 @@ class Scheduler {
   // then was in the next plan for nothing; its outcome there is ignored. Not for a plan whose
   // sequences are to be forked with their first token.
   // What is freed meanwhile may still be read by the plan that was advanced: work on blocks is
-  // queued behind, but a load must not begin before that plan has been computed.
+  // queued behind, but a load into a slot that it reads must not begin before it has been computed.
   void advance(const Plan& plan);
   struct Outcome {
     SequenceId id;

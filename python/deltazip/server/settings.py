@@ -51,6 +51,9 @@ class Settings(BaseModel):
     max_batch_tokens: int = Field(0, ge=0, le=1 << 17, description="Tokens of one step; 0: auto.")
     max_batch_sequences: int = Field(0, ge=0, le=65536, description="Sequences of a step; 0: auto.")
     max_variants_per_batch: int = Field(0, ge=0, le=4096, description="Variants a step; 0: auto.")
+    prefill_chunk_tokens: int = Field(
+        0, ge=0, le=1 << 17, description="Prompt tokens of a step that also decodes; 0: no limit."
+    )
     max_waiting: int = Field(4096, ge=1, le=1 << 20, description="Queue; one more is a 429.")
     max_model_len: int = Field(0, ge=0, le=1 << 24, description="Prompt + output; 0 the model's.")
     max_variant_wait_steps: int = Field(
@@ -146,6 +149,7 @@ class Settings(BaseModel):
             "max_batch_tokens": self.max_batch_tokens,
             "max_batch_sequences": self.max_batch_sequences,
             "max_variants_per_batch": self.max_variants_per_batch,
+            "prefill_chunk_tokens": self.prefill_chunk_tokens,
             "max_waiting": self.max_waiting,
             "max_model_len": self.max_model_len,
             "max_variant_wait_steps": self.max_variant_wait_steps,

@@ -65,6 +65,8 @@ TEST(BadInput, ConfigsAreRefusedWithTheRange) {
       {"max_batch_tokens", [](auto& c) { c.max_batch_tokens = -1; }},
       {"max_batch_sequences", [](auto& c) { c.max_batch_sequences = -1; }},
       {"num_delta_slots", [](auto& c) { c.num_delta_slots = -1; }},
+      {"prefill_chunk_tokens must be in [0, 131072], got -1",
+       [](auto& c) { c.prefill_chunk_tokens = -1; }},
       {"max_waiting", [](auto& c) { c.max_waiting = 0; }},
       {"positions end at 128", [](auto& c) { c.max_model_len = 129; }},
       {"memory budget", [](auto& c) { c.memory_budget_bytes = 1; }},

@@ -170,6 +170,8 @@ TEST(Device, PlanningAheadChangesNoAnswer) {
   }
   std::int64_t num_preemptions = 0, num_evictions = 0, num_stops = 0;
   for (std::uint32_t seed = 0; seed < 6; ++seed) {
+    config.prefill_chunk_tokens = seed % 2 == 0 ? 0 : 5;
+    config.max_variant_wait_steps = seed % 3 == 0 ? 64 : 2;  // few: slots are taken from who runs
     const auto answers_on = [&](std::unique_ptr<Backend> backend) {
       const bool is_apart = backend != nullptr;
       Engine engine(config, test::silent, std::move(backend));

@@ -40,7 +40,10 @@ SchedulerConfig serving() {
 std::int64_t bound(const Load& load, std::int32_t num_turns) {
   const SchedulerConfig& config = load.config;
   const std::int32_t max_running = std::min(config.max_batch_sequences, config.max_batch_tokens);
-  const std::int32_t prefill_rows = config.max_batch_tokens - max_running + 1;
+  std::int32_t prefill_rows = config.max_batch_tokens - max_running + 1;
+  if (config.prefill_chunk_tokens > 0) {
+    prefill_rows = std::min(prefill_rows, (config.prefill_chunk_tokens + 1) / 2);
+  }
   const std::int32_t prefill_steps = (config.max_model_len + prefill_rows - 1) / prefill_rows;
   const std::int32_t num_rounds = (load.num_variants + 1 + num_turns - 1) / num_turns;
   return config.max_variant_wait_steps +
@@ -145,9 +148,19 @@ Load few_places() {
   return load;
 }
 
+Load limited_prefills(const char* name, std::int32_t num_tokens) {
+  Load load{.name = name, .config = serving()};
+  load.config.prefill_chunk_tokens = num_tokens;
+  load.hot_priority = -1;
+  load.num_new = 20;  // more prompts beside decodes
+  return load;
+}
+
 INSTANTIATE_TEST_SUITE_P(Loads, Fairness,
                          testing::Values(skewed(), hot_have_priority(), few_blocks(), slow_loads(),
-                                         one_slot(), two_seats(), few_places()),
+                                         one_slot(), two_seats(), few_places(),
+                                         limited_prefills("FewPrefillRows", 4),
+                                         limited_prefills("SharedPrefillRows", 40)),
                          [](const auto& setting) { return setting.param.name; });
 
 }  // namespace

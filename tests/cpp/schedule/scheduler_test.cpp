@@ -10,92 +10,26 @@
 
 #include "deltazip/base/error.h"
 #include "deltazip/schedule/block_allocator.h"
+#include "schedule/scheduler_helpers.h"
 
 namespace deltazip {
 namespace {
 
-SchedulerConfig small() {
-  SchedulerConfig config;
-  config.num_blocks = 32;
-  config.block_size = 4;
-  config.max_batch_tokens = 16;
-  config.max_batch_sequences = 8;
-  config.max_variants_per_batch = 2;
-  config.max_waiting = 8;
-  config.max_model_len = 100;
-  config.num_delta_slots = 2;
-  config.delta_budget_bytes = 100;
-  config.max_variant_wait_steps = 8;
-  return config;
-}
-
-SequenceSpec spec_of(SequenceId id, std::int32_t prompt, std::int32_t max_new,
-                     VariantId variant = kBaseVariant, std::int32_t priority = 0) {
-  SequenceSpec spec;
-  spec.id = id;
-  spec.variant = variant;
-  for (std::int32_t i = 0; i < prompt; ++i) spec.prompt.push_back(i);
-  spec.max_new_tokens = max_new;
-  spec.priority = priority;
-  spec.prefix_root = sha256(std::as_bytes(std::span(&variant, 1)));
-  return spec;
-}
-
-// Commits the plan: every sampling sequence gets `token`; those in `finished` end.
-void commit(Scheduler& scheduler, const Plan& plan, const std::vector<SequenceId>& finished = {},
-            std::int32_t token = 1) {
-  std::vector<Scheduler::Outcome> outcomes;
-  for (const ScheduledChunk& chunk : plan.chunks) {
-    if (!chunk.samples) continue;
-    const bool ends = std::count(finished.begin(), finished.end(), chunk.id) > 0;
-    outcomes.push_back({chunk.id, token, ends});
-  }
-  scheduler.commit(plan, outcomes);
-  scheduler.check();
-}
-
-const ScheduledChunk* chunk_of(const Plan& plan, SequenceId id) {
-  for (const ScheduledChunk& chunk : plan.chunks) {
-    if (chunk.id == id) return &chunk;
-  }
-  return nullptr;
-}
-
-template <typename E>
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const E& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
-}
-
-TEST(Scheduler, PrefillIsChunkedAndDecodesGoFirst) {
+TEST(Plan, ReadsTheSlotsOfItsChunks) {
   Scheduler scheduler(small());
-  scheduler.add(spec_of(1, 4, 9));
-  commit(scheduler, scheduler.plan());
-  scheduler.add(spec_of(2, 40, 3));
-  Plan plan = scheduler.plan();
-  ASSERT_EQ(plan.chunks.size(), 2u);
-  EXPECT_EQ(chunk_of(plan, 1)->num_tokens, 1);
-  EXPECT_EQ(chunk_of(plan, 1)->start, 4);
-  EXPECT_TRUE(chunk_of(plan, 1)->samples);
-  // Sequence 1 published its first block, which 2 begins with.
-  EXPECT_EQ(chunk_of(plan, 2)->start, 4);
-  EXPECT_EQ(chunk_of(plan, 2)->num_tokens, 15);
-  EXPECT_FALSE(chunk_of(plan, 2)->samples);
+  scheduler.add_variant(1, 10);
+  scheduler.add(spec_of(1, 3, 4, 1));
+  scheduler.add(spec_of(2, 3, 4));
+  Plan plan = scheduler.plan();  // the base's chunk, and a load
+  ASSERT_EQ(plan.loads.size(), 1u);
+  const SlotId slot = plan.loads.front().slot;
+  EXPECT_FALSE(plan.reads(slot)) << "its step may run while the load writes";
   commit(scheduler, plan);
+  scheduler.delta_loaded(slot);
   plan = scheduler.plan();
-  EXPECT_EQ(chunk_of(plan, 2)->start, 19);
-  EXPECT_EQ(plan.num_tokens, 16);
-  commit(scheduler, plan);
-  plan = scheduler.plan();
-  EXPECT_EQ(chunk_of(plan, 2)->num_tokens, 6);
-  EXPECT_TRUE(chunk_of(plan, 2)->samples);
+  EXPECT_TRUE(plan.reads(slot));
+  EXPECT_FALSE(plan.reads(slot + 1));
   commit(scheduler, plan, {1, 2});
-  EXPECT_FALSE(scheduler.has_work());
-  EXPECT_EQ(scheduler.stats().num_free_blocks, 32);
 }
 
 TEST(Scheduler, WhatCannotEverFitIsRefusedWithNumbers) {
@@ -129,6 +63,10 @@ TEST(Scheduler, ConfigurationIsChecked) {
   config.max_variant_wait_steps = 0;
   EXPECT_EQ(message_of<InvalidArgument>([&] { Scheduler scheduler(config); }),
             "scheduler: max_variant_wait_steps must be at least 1, got 0");
+  config = small();
+  config.prefill_chunk_tokens = -1;
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Scheduler scheduler(config); }),
+            "scheduler: prefill_chunk_tokens must be at least 1, or 0 for no limit, got -1");
 }
 
 TEST(Scheduler, ThePrefixCacheIsFoundAgainButTheLastTokenIsComputed) {
@@ -180,34 +118,6 @@ TEST(Scheduler, WithoutPrefixCacheNothingIsLookedUpOrPublished) {
   commit(scheduler, plan, {3});
   EXPECT_EQ(scheduler.stats().prefix_hit_tokens, 0);
   EXPECT_EQ(scheduler.stats().prefix_query_tokens, 12);
-}
-
-TEST(Scheduler, AScoredPromptComesInChunksThatTheLogitsHaveRoomFor) {
-  SchedulerConfig config = small();
-  config.max_batch_logit_rows = 8;
-  Scheduler scheduler(config);
-  scheduler.add(spec_of(1, 3, 4));
-  SequenceSpec scored = spec_of(2, 14, 1);
-  scored.use_prefix_cache = false;
-  scored.scores_prompt = true;
-  scheduler.add(scored);
-  Plan plan = scheduler.plan();  // 1 samples one row, 7 are left for 2
-  EXPECT_EQ(chunk_of(plan, 1)->num_tokens, 3);
-  EXPECT_EQ(chunk_of(plan, 2)->num_tokens, 7);
-  EXPECT_EQ(plan.num_logit_rows, 8);
-  scheduler.add(spec_of(3, 2, 1));
-  commit(scheduler, plan);
-  plan = scheduler.plan();
-  EXPECT_EQ(chunk_of(plan, 2)->num_tokens, 7);
-  EXPECT_EQ(chunk_of(plan, 3), nullptr) << "no logit row was left";
-  commit(scheduler, plan, {2});
-  plan = scheduler.plan();
-  EXPECT_NE(chunk_of(plan, 3), nullptr);
-  commit(scheduler, plan, {1, 3});
-
-  config.max_batch_logit_rows = 7;
-  EXPECT_NE(message_of<InvalidArgument>([&] { Scheduler few(config); }).find("at least 8"),
-            std::string::npos);
 }
 
 TEST(Scheduler, BlocksOfAnErrorAreNotFoundByOthers) {

@@ -150,6 +150,12 @@ Setting few_logit_rows() {
   return setting;
 }
 
+Setting limited_prefills(const char* name, std::int32_t num_tokens) {
+  Setting setting{name, config_of(60, 4, 64, 8, 4, 4), 6, 40, 20};
+  setting.config.prefill_chunk_tokens = num_tokens;
+  return setting;
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Settings, SchedulerWalk,
     testing::Values(Setting{"Roomy", config_of(200, 4, 64, 16, 4, 4), 6, 40, 20},
@@ -160,7 +166,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Setting{"OneTokenBlocks", config_of(40, 1, 8, 8, 3, 3), 6, 16, 10},
                     Setting{"OneRow", config_of(12, 4, 1, 8, 3, 3), 4, 12, 6},
                     Setting{"FewPlaces", config_of(30, 4, 64, 2, 3, 3), 8}, without_prefix_cache(),
-                    few_logit_rows()),
+                    few_logit_rows(), limited_prefills("FewPrefillRows", 3),
+                    limited_prefills("SharedPrefillRows", 40)),
     [](const auto& setting) { return setting.param.name; });
 
 }  // namespace

@@ -197,6 +197,25 @@ void SimulatedEngine::verify_plan() const {
          "nothing is planned though nothing is waited for");
 }
 
+// Beside decodes prefills have no more rows than the limit, and leave none that they want.
+void SimulatedEngine::verify_prefill_limit() const {
+  bool has_decode = false, wants_more = false;
+  std::int32_t num_rows = 0;
+  for (const ScheduledChunk& chunk : plan_.chunks) {
+    const Sequence& sequence = sequences_.at(chunk.id);
+    const bool lacks_one = chunk.start + 1 == static_cast<std::int32_t>(sequence.tokens.size());
+    has_decode = has_decode || (lacks_one && sequence.num_computed >= 0);
+    if (lacks_one) continue;
+    num_rows += chunk.num_tokens;
+    wants_more = wants_more || (!chunk.samples && !sequence.request.scores_prompt);
+  }
+  if (!has_decode || config_.prefill_chunk_tokens == 0) return;
+  demand(num_rows <= config_.prefill_chunk_tokens, num_rows, " prompt rows beside decodes");
+  demand(!wants_more || num_rows == config_.prefill_chunk_tokens ||
+             plan_.num_tokens == config_.max_batch_tokens,
+         "only ", num_rows, " prompt rows beside decodes, and more are wanted");
+}
+
 void SimulatedEngine::begin_step() {
   const Plan before = std::move(plan_);
   const bool is_ahead = is_under_way_;
@@ -221,6 +240,7 @@ void SimulatedEngine::begin_step() {
   }
   check();
   verify_plan();
+  verify_prefill_limit();
   is_under_way_ = !plan_.chunks.empty();
   if (is_under_way_) ++num_steps_;
   compute();

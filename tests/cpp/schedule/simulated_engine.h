@@ -84,6 +84,7 @@ class SimulatedEngine {
 
   std::uint64_t chain(const Sequence& sequence, std::size_t num_tokens) const;
   void verify_plan() const;
+  void verify_prefill_limit() const;
   void compute();
   std::vector<Scheduler::Outcome> draw(const Plan& plan);
   void commit(const Plan& plan, const std::vector<Scheduler::Outcome>& outcomes);
