@@ -30,13 +30,16 @@ def test_every_mode_on_random_weights(tmp_path: Path) -> None:
         "--format", "ternary", "--embedding-format", "int4", "--distinct", 2,
         "--mix", "base,even,zipf:4", "--batch", "2,3", "--prompt", 40, "--output", 64,
         "--prefill-prompt", 64, "--requests", 24, "--rounds", 2, "--json", out,
-        "--workdir", tmp_path / "files",
+        "--workdir", tmp_path / "files", "--prefill-chunk", 16,
     )  # fmt: skip
     assert status == 0, errors
     for mode in ("latency", "prefill", "throughput", "load"):
         assert mode in text
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["device"].startswith("cpu")
+    assert report["driver"] is None
+    assert "plan: batches=[2, 3], prompt=40" in text
+    assert "prefill_chunk_tokens=16" in text
     assert report["subject"]["variants"] == 8, "five, and three cold ones for load"
     assert report["subject"]["variants_resident"] == 6
     assert report["subject"]["distinct_files"] == 2
@@ -57,8 +60,12 @@ def test_every_mode_on_random_weights(tmp_path: Path) -> None:
             assert 0 < result["seconds"]["min"] <= sum(outputs) / rate * 1.01
         if result["mode"] == "load":
             assert result["first_token_ms"]["median"] > result["load_ms"]["median"] >= 0
-            assert result["others_quiet_p99_ms"] >= result["others_quiet_p50_ms"]
-            assert result["others_prompt_ms"]["max"] > 0
+            assert result["prefill_chunk"] == 16
+            for when in ("quiet", "arrival"):
+                p50, p99, most = (result[f"others_{when}_{k}_ms"] for k in ("p50", "p99", "max"))
+                assert 0 <= p50 <= p99 <= most
+            quiet, arrival = result["others_quiet_p99_ms"], result["others_arrival_p99_ms"]
+            assert result["p99_ratio"] == pytest.approx(arrival / quiet, rel=0.02)
 
 
 @pytest.mark.parametrize("format_", ["int4", "int2", "ternary"])

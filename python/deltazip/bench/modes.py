@@ -15,8 +15,10 @@ __all__ = ["MODES", "Plan", "load_variants", "longest_request"]
 
 # Variants that load mode has beyond those of the mixes; they take turns in one slot.
 NUM_COLD = 3
-_LOAD_OUTPUT = 1024  # tokens of those that decode meanwhile; the measurement ends long before
+_LOAD_OUTPUT = 640  # and so many more a round: tokens of those that decode meanwhile
+_LOAD_OUTPUT_ROUND = 128
 _SETTLE_TOKENS = 16
+_QUIET_TOKENS = 32  # measured before each arrival, so that contexts are as long as during it
 _MAX_TRIES = 4  # of a round: a busy host may hand over all tokens of a short run together
 
 Result = dict[str, Any]
@@ -47,9 +49,13 @@ def longest_request(plan: Plan, modes: Sequence[str]) -> int:
         "latency": plan.prompt + plan.output,
         "prefill": plan.prefill_prompt + 1,
         "throughput": 1024 + 512,
-        "load": plan.prompt + _LOAD_OUTPUT,
+        "load": plan.prompt + _load_output(plan),
     }
     return max(need[mode] for mode in modes)
+
+
+def _load_output(plan: Plan) -> int:
+    return _LOAD_OUTPUT + _LOAD_OUTPUT_ROUND * (plan.rounds + 1)
 
 
 def load_variants(session: Session, names: Sequence[str], vocab: int) -> None:
@@ -180,7 +186,8 @@ def throughput(session: Session, plan: Plan, mix: Mix) -> list[Result]:
 
 
 def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
-    """A variant that lies in host memory, to its first token, while others decode."""
+    """A variant that lies in host memory, to its first token, while others decode; and what the
+    others feel: their gaps between tokens until then, beside those just before."""
     rng = random.Random(plan.seed)
     vocab = session.engine.vocab_size()
     batch = plan.batches[0]
@@ -204,63 +211,63 @@ def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
             f"expected fewer slots than variants, and host memory for a few"
         )
 
-    others = [session.submit(ask(v, _LOAD_OUTPUT)) for v in busy]
+    others = [session.submit(ask(v, _load_output(plan))) for v in busy]
 
     def tokens_later(count: int) -> None:
         wanted = len(others[-1].times) + count
         session.wait(lambda: len(others[-1].times) >= wanted)
 
     session.wait(lambda: all(t.times for t in others))
-    tokens_later(_SETTLE_TOKENS)
-    begin = others[-1].times[-1]
-    tokens_later(8 * _SETTLE_TOKENS)
-    quiet = [1e3 * g for t in others for g in t.gaps(begin, others[-1].times[-1])]
     first: list[float] = []
     loads: list[float] = []
-    during: list[float] = []
-    prompts: list[float] = []
+    quiet: list[float] = []
+    loading: list[float] = []
+    arrival: list[float] = []
     for turn in range(plan.rounds + 1):
         name = cold()
         tokens_later(_SETTLE_TOKENS)
+        begin = others[-1].times[-1]
+        tokens_later(_QUIET_TOKENS)
         trace = session.submit(ask(name, 4))
         session.wait(lambda trace=trace: trace.ended is not None)  # type: ignore[misc]
         if any(t.ended is not None for t in others):
             raise ValueError(f"the {batch} others ended before {plan.rounds} rounds were done")
         if turn == 0:
             continue
-        first.append(1e3 * (trace.first - trace.submitted))
         info = next(i for i in session.engine.variants() if i.name == name)
+        loaded = trace.submitted + info.load_seconds
+        first.append(1e3 * (trace.first - trace.submitted))
         loads.append(1e3 * info.load_seconds)
         for other in others:
-            start = max((x for x in other.times if x < trace.submitted), default=0.0)
-            times = [x for x in other.times if start <= x <= trace.first]
-            # The step that computes the prompt is apart: it takes as long for a warm variant.
-            for a, b in itertools.pairwise(times):
-                (prompts if b == trace.first else during).append(1e3 * (b - a))
+            last = max((x for x in other.times if x < trace.submitted), default=0.0)
+            quiet += other.gaps(begin, last)
+            arrival += other.gaps(last, trace.first)
+            loading += other.gaps(last, loaded)
     session.cancel_all()
-    if not quiet or not prompts:
+    if not quiet or not arrival:
         raise ValueError("the others made no token while a variant was loaded; lower --batch")
-
-    def at(values: list[float], share: float) -> float | None:
-        """None: every load ended within a step."""
-        return round(percentile(values, share), 3) if values else None
-
     return [
         {
             "mode": "load",
             "mix": mix.name,
             "batch": batch,
             "prompt": plan.prompt,
+            "prefill_chunk": session.engine.config().prefill_chunk_tokens,
             "rounds": plan.rounds,
             "first_token_ms": spread(first),
             "load_ms": spread(loads),
-            "others_quiet_p50_ms": at(quiet, 0.5),
-            "others_quiet_p99_ms": at(quiet, 0.99),
-            "others_loading_p50_ms": at(during, 0.5),
-            "others_loading_p99_ms": at(during, 0.99),
-            "others_prompt_ms": spread(prompts),
+            **_gap_percentiles("others_quiet", quiet),
+            **_gap_percentiles("others_arrival", arrival),
+            "p99_ratio": round(percentile(arrival, 0.99) / max(percentile(quiet, 0.99), 1e-9), 3),
+            "others_loading_max_ms": round(1e3 * max(loading), 3) if loading else None,
         }
     ]
+
+
+def _gap_percentiles(prefix: str, gaps: Sequence[float]) -> Result:
+    """Milliseconds between tokens: median, 99th percentile and most."""
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {f"{prefix}_{k}_ms": round(1e3 * percentile(gaps, v), 3) for k, v in shares.items()}
 
 
 MODES: dict[str, Callable[[Session, Plan, Mix], list[Result]]] = {

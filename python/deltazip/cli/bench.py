@@ -50,6 +50,10 @@ def command(
     memory_budget: Annotated[
         float, typer.Option(help="GB for weights, slots and KV; 0: the engine's choice.")
     ] = 0.0,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens of a step that also decodes; 0: no limit."),
+    ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="FIELD=VALUE of EngineConfig, repeatable.")
     ] = None,
@@ -90,6 +94,8 @@ def command(
         options = _engine_options(engine or [])
         if memory_budget:
             options["memory_budget_bytes"] = int(memory_budget * 1e9)
+        if prefill_chunk is not None:
+            options["prefill_chunk_tokens"] = prefill_chunk
 
         with work_folder(workdir, file_bytes(subject, modes)) as folder:
             setup = open_session(subject, plan, modes, folder, device, options, _say)
@@ -99,7 +105,7 @@ def command(
                     for one in mixes:
                         _say(f"{name}, {one.name}")
                         results += MODES[name](session, plan, one)
-                report = make_report(setup, results)
+                report = make_report(setup, plan, results)
         is_stdout = str(json_path) == "-"
         print_tables(report, Console(width=None if sys.stdout.isatty() else 200, stderr=is_stdout))
         if is_stdout:
