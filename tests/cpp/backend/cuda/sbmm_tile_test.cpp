@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <span>
 
 #include "backend/cuda/kernels/sbmm/config.h"
 #include "backend/cuda/kernels/sbmm/decode.cuh"
@@ -45,7 +46,7 @@ class SbmmTileTest : public ::testing::TestWithParam<DeltaType> {
   std::unique_ptr<Backend> cpu_ = open_backend("cpu");
   Rng rng_{7};
 };
-INSTANTIATE_TEST_SUITE_P(All, SbmmTileTest, ::testing::ValuesIn(kDeltaTypes),
+INSTANTIATE_TEST_SUITE_P(All, SbmmTileTest, ::testing::ValuesIn(std::span(kDeltaTypes).first<5>()),
                          [](const auto& entry) { return std::string(name(entry.param)); });
 
 TEST_P(SbmmTileTest, ReadingGroupsGivesTheFileBack) {

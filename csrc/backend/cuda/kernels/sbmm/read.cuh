@@ -93,6 +93,8 @@ DZ_HOST_DEVICE GroupValues read_group(const unsigned char* record, DeltaType typ
       }
       return out;
     }
+    case DeltaType::kSparse14Sign:  // comes as ternary
+      break;
   }
   return {};
 }
