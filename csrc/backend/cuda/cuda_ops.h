@@ -44,6 +44,8 @@ class CudaOps final : public Ops {
   struct AttentionState;  // ops_attention.cpp: the step's work list, partial results
   struct SampleState;     // ops_sample.cpp: pinned results
 
+  void multiply_sparse(const SbmmParams& params, Stream& stream);  // x lies there in fixed point
+
   void check_attention(const KvLayer& cache, DType dtype) const;  // throws InvalidArgument
   void check_sampling(std::int64_t vocab_size) const;
 

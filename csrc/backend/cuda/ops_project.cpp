@@ -10,6 +10,7 @@
 #include "backend/cuda/cuda_check.h"
 #include "backend/cuda/cuda_ops.h"
 #include "backend/cuda/device_memory.h"
+#include "backend/cuda/kernels/sbmm/fixed_point.h"
 #include "backend/cuda/kernels/sbmm/sbmm.h"
 #include "backend/cuda/merge_plan.h"
 #include "deltazip/base/error.h"
@@ -42,6 +43,24 @@ LinearParams rows_of(const LinearParams& all, std::int64_t first, std::int64_t c
   return some;
 }
 
+// The same of SBMM, its tasks cut to those rows and put into `tasks`.
+SbmmParams rows_of(const SbmmParams& all, std::int64_t first, std::int64_t count,
+                   std::vector<SbmmTask>& tasks) {
+  SbmmParams some = all;
+  some.x = advance(all.x, first * all.in_features * bytes_of(all.dtype));
+  some.y = advance(all.y, first * all.out_features * bytes_of(all.y_dtype));
+  some.num_rows = count;
+  tasks.assign(all.tasks, all.tasks + all.num_tasks);
+  for (SbmmTask& task : tasks) {
+    const std::int64_t begin = std::max<std::int64_t>(task.first_row - first, 0);
+    const std::int64_t end = std::min(task.first_row + task.num_rows - first, count);
+    task.first_row = static_cast<std::int32_t>(begin);
+    task.num_rows = static_cast<std::int32_t>(std::max<std::int64_t>(end - begin, 0));
+  }
+  some.tasks = tasks.data();
+  return some;
+}
+
 bool is_mergeable(const SbmmTask& task) {
   return task.delta.data != nullptr && task.num_rows >= kMergeRows &&
          static_cast<std::size_t>(task.delta.rows * task.delta.columns) * 2 <= kMergeBytes;
@@ -62,6 +81,25 @@ struct CudaOps::ProjectState {
     }
     if (num_plans == plans.size()) plans.push_back(std::make_unique<SbmmPlan>());
     return *plans[num_plans++];
+  }
+
+  // How many rows of x fit as fixed point. They lie where merged weights do, which no kernel reads
+  // any more when launch_fixed_point() writes there.
+  std::int64_t max_sparse_rows(std::int64_t columns) const {
+    const std::int64_t row_bytes = fixed_point_row(columns).num_bytes;
+    const auto count = static_cast<std::int64_t>(merged.num_bytes()) / row_bytes;
+    DZ_CHECK(count > 0, "cuda: a row of x may have ", merged.num_bytes(),
+             " bytes in fixed point, got ", columns, " columns, ", row_bytes, " bytes");
+    return count;
+  }
+  void make_fixed_point(const SbmmParams& params, cudaStream_t stream) {
+    launch_fixed_point({.x = params.x,
+                        .out = merged.data(),
+                        .num_rows = params.num_rows,
+                        .columns = params.in_features,
+                        .x_stride = params.in_features,
+                        .dtype = params.dtype},
+                       stream);
   }
 
   // Rows of one segment by W + delta. Columns that no task covers are the base's.
@@ -135,18 +173,27 @@ void CudaOps::run(const LinearParams& params, Stream& stream) {
 void CudaOps::run(const SbmmParams& params, Stream& stream) {
   DZ_CHECK(params.dtype == info_.compute_dtype, "cuda: x of sbmm must be ",
            name(info_.compute_dtype), ", got ", name(params.dtype));
+  const std::int64_t most = project_->max_sparse_rows(params.in_features);
+  std::vector<SbmmTask> tasks;
+  for (std::int64_t first = 0; first < params.num_rows; first += most) {
+    const SbmmParams some = rows_of(params, first, std::min(most, params.num_rows - first), tasks);
+    if (args_.launching()) project_->make_fixed_point(some, to_cuda(stream).get());
+    multiply_sparse(some, stream);
+  }
+}
+
+void CudaOps::multiply_sparse(const SbmmParams& params, Stream& stream) {
   CudaStream& queue = to_cuda(stream);
   SbmmPlan& plan = project_->next_plan(args_);
   make_sbmm_plan(plan, {params.tasks, static_cast<std::size_t>(params.num_tasks)},
                  info_.num_sms * kCtasPerSm);
-  const SbmmLaunch sbmm{.x = params.x,
+  const SbmmLaunch sbmm{.x = project_->merged.data(),
                         .y = params.y,
                         .tasks = args_.put(std::span<const SbmmDeviceTask>(plan.tasks), queue),
                         .ranges = args_.put(std::span<const SbmmCtaRange>(plan.ranges), queue),
-                        .x_stride = params.in_features,
+                        .x_row_bytes = fixed_point_row(params.in_features).num_bytes,
                         .y_stride = params.out_features,
                         .num_ctas = static_cast<std::int32_t>(plan.ranges.size()),
-                        .dtype = params.dtype,
                         .y_dtype = params.y_dtype};
   if (args_.launching()) launch_sbmm(sbmm, queue.get());
 }
@@ -157,8 +204,19 @@ void CudaOps::run(const ProjectParams& params, Stream& stream) {
   // What a recorded step launches may not depend on whose rows they are.
   const bool merges = !args_.is_recorded() && std::ranges::any_of(tasks, is_mergeable);
   if (!merges) {
+    // Before the base product, which has bytes to fetch meanwhile; after it, one would wait for x.
+    const bool is_one_launch =
+        !tasks.empty() &&
+        params.base.num_rows <= project_->max_sparse_rows(params.deltas.in_features);
+    if (is_one_launch && args_.launching()) {
+      project_->make_fixed_point(params.deltas, to_cuda(stream).get());
+    }
     run(params.base, stream);
-    if (!tasks.empty()) run(params.deltas, stream);
+    if (is_one_launch) {
+      multiply_sparse(params.deltas, stream);
+    } else if (!tasks.empty()) {
+      run(params.deltas, stream);
+    }
     return;
   }
   const MergePlan plan = plan_merges(tasks, params.base.num_rows, is_mergeable);

@@ -23,7 +23,8 @@ struct Case {
         weights(kLaunches * weight_bytes),
         merged(weight_bytes),
         x(2 * static_cast<std::size_t>(kMostTokens * shape.in)),
-        y(2 * static_cast<std::size_t>(kMostTokens * shape.out)) {
+        y(2 * static_cast<std::size_t>(kMostTokens * shape.out)),
+        fixed_x(static_cast<std::size_t>(kMostTokens * fixed_point_row(shape.in).num_bytes)) {
     const std::vector<std::uint8_t> tiled = delta.tile();
     pitch = (tiled.size() + 255) / 256 * 256;
     deltas.emplace(kLaunches * pitch);
@@ -41,7 +42,7 @@ struct Case {
   int num_sms;
   bench::RandomDelta delta;
   std::size_t weight_bytes, pitch = 0;
-  Memory weights, merged, x, y;
+  Memory weights, merged, x, y, fixed_x;
   std::optional<Memory> deltas;
 };
 
@@ -67,14 +68,20 @@ class Sparse {
   }
   void run(std::size_t i, cudaStream_t stream) const {
     const std::size_t num_ctas = plans_[i].ranges.size();
-    launch_sbmm({.x = c_.x.get(),
+    launch_fixed_point({.x = c_.x.get(),
+                        .out = c_.fixed_x.get(),
+                        .num_rows = plans_[i].tasks[0].num_rows,
+                        .columns = c_.shape.in,
+                        .x_stride = c_.shape.in,
+                        .dtype = DType::kFloat16},
+                       stream);
+    launch_sbmm({.x = c_.fixed_x.get(),
                  .y = c_.y.get(),
                  .tasks = device_tasks_->get<SbmmDeviceTask>() + i,
                  .ranges = device_ranges_->get<SbmmCtaRange>() + i * num_ctas,
-                 .x_stride = c_.shape.in,
+                 .x_row_bytes = fixed_point_row(c_.shape.in).num_bytes,
                  .y_stride = c_.shape.out,
                  .num_ctas = static_cast<std::int32_t>(num_ctas),
-                 .dtype = DType::kFloat16,
                  .y_dtype = DType::kFloat16},
                 stream);
   }

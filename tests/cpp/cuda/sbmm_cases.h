@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backend/cuda/cuda_check.h"
+#include "backend/cuda/kernels/sbmm/fixed_point.h"
 #include "backend/cuda/kernels/sbmm/plan.h"
 #include "backend/cuda/kernels/sbmm/sbmm.h"
 #include "backend/cuda/kernels/sbmm/tiling.h"

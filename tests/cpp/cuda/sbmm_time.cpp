@@ -113,6 +113,7 @@ class Sbmm {
         out_(deltas.source().rows),
         dtype_(dtype),
         x_(static_cast<std::size_t>(rows_ * in_) * 2),
+        fixed_x_(static_cast<std::size_t>(rows_ * cuda::fixed_point_row(in_).num_bytes)),
         y_(static_cast<std::size_t>(rows_ * out_) * 2),
         tasks_(sizeof(cuda::SbmmDeviceTask) * static_cast<std::size_t>(kLaunches * num_deltas)),
         ranges_(sizeof(cuda::SbmmCtaRange) * static_cast<std::size_t>(kLaunches * num_ctas_)) {
@@ -137,20 +138,33 @@ class Sbmm {
     ranges_.upload(ranges);
   }
 
+  void launch_fixed_point(cudaStream_t stream) const {
+    cuda::launch_fixed_point({.x = x_.as<void>(),
+                              .out = fixed_x_.as<void>(),
+                              .num_rows = rows_,
+                              .columns = in_,
+                              .x_stride = in_,
+                              .dtype = dtype_},
+                             stream);
+  }
   void launch(int i, cudaStream_t stream) const {
     cuda::SbmmLaunch launch{};
-    launch.x = x_.as<void>();
+    launch.x = fixed_x_.as<void>();
     launch.y = y_.as<void>();
     launch.tasks = tasks_.as<cuda::SbmmDeviceTask>() + i * num_deltas_;
     launch.ranges = ranges_.as<cuda::SbmmCtaRange>() + i * num_ctas_;
-    launch.x_stride = in_;
+    launch.x_row_bytes = cuda::fixed_point_row(in_).num_bytes;
     launch.y_stride = out_;
     launch.num_ctas = num_ctas_;
-    launch.dtype = launch.y_dtype = dtype_;
+    launch.y_dtype = dtype_;
     cuda::launch_sbmm(launch, stream);
   }
-  double time() const {
-    return time_launches([this](int i, cudaStream_t stream) { launch(i, stream); });
+  // With `converts`, x to fixed point before each launch.
+  double time(bool converts = false) const {
+    return time_launches([&](int i, cudaStream_t stream) {
+      if (converts) launch_fixed_point(stream);
+      launch(i, stream);
+    });
   }
 
   std::int64_t num_rows() const { return rows_; }
@@ -161,7 +175,7 @@ class Sbmm {
   int num_ctas_, num_deltas_;
   std::int64_t rows_, in_, out_;
   DType dtype_;
-  DeviceBytes x_, y_, tasks_, ranges_;
+  DeviceBytes x_, fixed_x_, y_, tasks_, ranges_;
 };
 
 // Base products of the same rows, over weights that do not fit L2.
@@ -209,11 +223,13 @@ class Base {
 
 void print_line(Deltas& deltas, int tokens, int num_deltas, DType dtype, double stream) {
   const RandomDelta& delta = deltas.source();
-  const double us = Sbmm(deltas, tokens, num_deltas, dtype).time();
+  const Sbmm sbmm(deltas, tokens, num_deltas, dtype);
+  const double us = sbmm.time();
   const double bytes = deltas.num_bytes() * num_deltas;
-  printf("%-17s %5ld x %-5ld %4d %3d %4d %7.1f %8.1f %7.0f %5.1f%%%s\n", name(delta.type).data(),
-         delta.columns, delta.rows, delta.group_size, tokens, num_deltas, bytes / 1e6, us,
-         bytes / us / 1e3, bytes / us / 1e4 / stream, dtype == DType::kBFloat16 ? " bf16" : "");
+  printf("%-17s %5ld x %-5ld %4d %3d %4d %7.1f %8.1f %7.0f %5.1f%% %8.1f%s\n",
+         name(delta.type).data(), delta.columns, delta.rows, delta.group_size, tokens, num_deltas,
+         bytes / 1e6, us, bytes / us / 1e3, bytes / us / 1e4 / stream, sbmm.time(true),
+         dtype == DType::kBFloat16 ? " bf16" : "");
 }
 
 void time_anchors(double stream, std::mt19937_64& rng) {
@@ -265,7 +281,7 @@ void time_bytes(double stream, std::mt19937_64& rng) {
   }
 }
 
-// What SBMM adds to the base product before it, of 8 rows each of another delta, and of 32.
+// What SBMM and the conversion of x add to a base product, of rows that each have another delta.
 void time_chains(double stream, std::mt19937_64& rng) {
   printf("us of a pair, of each alone in a chain of its own, share of the stream of a pair\n");
   for (const Shape& shape : kShapes) {
@@ -275,6 +291,7 @@ void time_chains(double stream, std::mt19937_64& rng) {
       for (const int rows : {1, 8, 32}) {
         const Sbmm sbmm(deltas, 1, rows, DType::kFloat16);
         const double pair = time_launches([&](int i, cudaStream_t queue) {
+          sbmm.launch_fixed_point(queue);
           base.launch(i, sbmm, queue);
           sbmm.launch(i, queue);
         });
@@ -296,8 +313,8 @@ void time_sbmm(TimedCases cases) {
   std::mt19937_64 rng(1);
   if (cases == TimedCases::kBytes) return time_bytes(stream, rng);
   if (cases == TimedCases::kChains) return time_chains(stream, rng);
-  printf("%-17s %5s x %-5s %4s %3s %4s %7s %8s %7s %6s\n", "type", "K", "N", "g", "t", "D", "MB",
-         "us", "GB/s", "share");
+  printf("%-17s %5s x %-5s %4s %3s %4s %7s %8s %7s %6s %8s\n", "type", "K", "N", "g", "t", "D",
+         "MB", "us", "GB/s", "share", "with x");
   if (cases == TimedCases::kAnchors) return time_anchors(stream, rng);
   time_all(stream, rng);
 }

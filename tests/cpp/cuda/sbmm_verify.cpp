@@ -78,6 +78,9 @@ class Checker {
       x_bits[i] = to_bits(x[i], c.dtype);
       x_rounded[i] = from_bits(x_bits[i], c.dtype);
     }
+    DeviceBytes x_device(in_size * 2 + 256);
+    x_device.upload(x_bits);  // what follows is NaN
+    const DeviceBytes fixed_x = convert(what, c, x_device, x_rounded);
     std::mt19937 noise(5);
     const bool is_float = c.y_dtype == DType::kFloat32;
     std::vector<float> y_float(out_size + 2 * kGuard, -0.0F);
@@ -88,8 +91,7 @@ class Checker {
       y0[i] = is_float ? value : from_bits(y_bits[kGuard + i], c.dtype);
       y_float[kGuard + i] = y0[i];
     }
-    DeviceBytes x_device(in_size * 2 + 256), y_device(y_float.size() * 4);
-    x_device.upload(x_bits);  // what follows is NaN
+    DeviceBytes y_device(y_float.size() * 4);
 
     std::vector<SbmmTask> tasks;
     for (const Piece& piece : c.pieces) {
@@ -111,14 +113,13 @@ class Checker {
     task_bytes.upload(plan.tasks);
     range_bytes.upload(plan.ranges);
     cuda::SbmmLaunch launch{};
-    launch.x = x_device.as<void>();
+    launch.x = fixed_x.as<void>();
     launch.y = y_device.as<unsigned char>() + kGuard * (is_float ? 4 : 2);
     launch.tasks = task_bytes.as<cuda::SbmmDeviceTask>();
     launch.ranges = range_bytes.as<cuda::SbmmCtaRange>();
-    launch.x_stride = c.in_features;
+    launch.x_row_bytes = cuda::fixed_point_row(c.in_features).num_bytes;
     launch.y_stride = c.out_features;
     launch.num_ctas = ctas;
-    launch.dtype = c.dtype;
     launch.y_dtype = c.y_dtype;
 
     std::vector<float> first, y;
@@ -171,6 +172,48 @@ class Checker {
   double worst() const { return worst_; }
 
  private:
+  // x in fixed point, which is checked by itself: its bytes against the host's, and what it means
+  // against x. Afterwards `x` is what it means, so that SBMM can be held to its own rounding.
+  DeviceBytes convert(const char* what, const Case& c, const DeviceBytes& x_device,
+                      std::vector<float>& x) {
+    const cuda::FixedPointRow layout = cuda::fixed_point_row(c.in_features);
+    DeviceBytes out(static_cast<std::size_t>(c.num_rows * layout.num_bytes) + 64);
+    cuda::launch_fixed_point({.x = x_device.as<void>(),
+                              .out = out.as<void>(),
+                              .num_rows = c.num_rows,
+                              .columns = c.in_features,
+                              .x_stride = c.in_features,
+                              .dtype = c.dtype},
+                             nullptr);
+    DZ_CUDA(cudaDeviceSynchronize());
+    const auto bytes =
+        out.download<std::int8_t>(static_cast<std::size_t>(c.num_rows * layout.num_bytes) + 64);
+    std::size_t wrong = 0, far = 0;
+    for (std::int64_t row = 0; row < c.num_rows; ++row) {
+      const std::int8_t* from = bytes.data() + row * layout.num_bytes;
+      for (std::int64_t first = 0; first < layout.low_offset; first += cuda::kRecordColumns) {
+        float* values = x.data() + row * c.in_features + first;
+        const auto count = std::min<std::int64_t>(cuda::kRecordColumns, c.in_features - first);
+        float largest = 0, scale = 0;
+        for (std::int64_t k = 0; k < count; ++k) largest = std::max(largest, std::abs(values[k]));
+        std::memcpy(&scale, from + layout.scales_offset + first / cuda::kRecordColumns * 4, 4);
+        wrong += scale != largest / cuda::kFixedPointMax;
+        const float factor = largest > 0 ? cuda::kFixedPointMax / largest : 0;
+        for (std::int64_t k = 0; k < cuda::kRecordColumns; ++k) {
+          const int q = from[first + k] * 256 + from[layout.low_offset + first + k];
+          wrong += q != (k < count ? cuda::to_fixed_point(values[k], factor) : 0);
+          if (k >= count) continue;
+          const float meant = static_cast<float>(q) * scale;
+          far += std::abs(meant - values[k]) > largest * 1.6e-5F;
+          values[k] = meant;
+        }
+      }
+    }
+    for (std::size_t i = bytes.size() - 64; i < bytes.size(); ++i) wrong += bytes[i] != -1;
+    if (wrong + far > 0) report("%s: x in fixed point, %zu wrong, %zu far", what, wrong, far);
+    return out;
+  }
+
   void compare(const char* what, const Case& c, const std::vector<float>& x,
                const std::vector<float>& y0, const std::vector<float>& y) {
     ++cases_;
@@ -251,7 +294,10 @@ class Checker {
 
 std::vector<float> random_floats(std::size_t count, std::mt19937_64& rng) {
   std::vector<float> out(count);
-  for (float& v : out) v = static_cast<float>(rng() % 4096) / 1024.0F - 2.0F;
+  for (float& v : out) {
+    v = static_cast<float>(rng() % 4096) / 1024.0F - 2.0F;
+    if (rng() % 300 == 0) v *= 64;
+  }
   return out;
 }
 
@@ -306,6 +352,36 @@ void check_shapes(Checker& checker, std::mt19937_64& rng, std::string_view filte
       checker.forget();
       printf("%s: %d cases so far, %d failures, worst error %.2f of the bound\n", base_name.c_str(),
              checker.cases(), checker.failures(), checker.worst());
+    }
+  }
+}
+
+// One row of x each: what must come out as zeros, as NaN, or be exact at either end of the range.
+void check_fixed_point(Checker& checker, std::string_view filter) {
+  if (std::string_view("fixed_point").find(filter) == std::string_view::npos) return;
+  constexpr std::int64_t kColumns = 200;
+  const cuda::FixedPointRow layout = cuda::fixed_point_row(kColumns);
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    const float values[] = {0.0F, INFINITY, -INFINITY, NAN, 6e-8F, 65504.0F, -1.0F};
+    for (const float value : values) {
+      std::vector<std::uint16_t> x(kColumns, to_bits(0.0F, dtype));
+      x[3] = to_bits(value, dtype);  // the second record stays zero
+      DeviceBytes x_device(x.size() * 2), out(static_cast<std::size_t>(layout.num_bytes));
+      x_device.upload(x);
+      cuda::launch_fixed_point({x_device.as<void>(), out.as<void>(), 1, kColumns, kColumns, dtype},
+                               nullptr);
+      DZ_CUDA(cudaDeviceSynchronize());
+      const auto bytes = out.download<std::int8_t>(static_cast<std::size_t>(layout.num_bytes));
+      float scales[2];
+      std::memcpy(scales, bytes.data() + layout.scales_offset, sizeof(scales));
+      const int q = bytes[3] * 256 + bytes[static_cast<std::size_t>(layout.low_offset) + 3];
+      const float seen = static_cast<float>(q) * scales[0], meant = from_bits(x[3], dtype);
+      const bool is_right = std::isfinite(value) ? std::abs(seen - meant) <= 1e-6F * std::abs(meant)
+                                                 : std::isnan(seen);
+      if (!is_right || scales[1] != 0) {
+        checker.report("fixed_point %s: %g became %g, zeros have a scale of %g", name(dtype).data(),
+                       meant, seen, scales[1]);
+      }
     }
   }
 }
@@ -379,6 +455,7 @@ void check_add_delta(Checker& checker, std::mt19937_64& rng, std::string_view fi
 int verify_sbmm(std::string_view filter) {
   std::mt19937_64 rng(20250123);
   Checker checker;
+  check_fixed_point(checker, filter);
   check_mixtures(checker, rng, filter);
   printf("mixtures: %d cases, %d failures\n", checker.cases(), checker.failures());
   check_shapes(checker, rng, filter);

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "deltazip/backend/delta_matrix.h"
+#include "backend/cuda/kernels/sbmm/record.h"
 
 namespace deltazip::cuda {
 
@@ -11,15 +11,15 @@ namespace deltazip::cuda {
 inline constexpr int kCtasPerSm = 2;
 inline constexpr int kWarps = 8;
 inline constexpr int kSbmmThreads = kWarps * 32;
-// Warp w multiplies row pair w % 2 (32 rows) of the records whose number in their row block is
-// w / 2 modulo 4. The order of summation follows from the matrix alone.
+// Warp w multiplies row pair w % 2 (32 rows) of the records whose number in the matrix is w / 2
+// modulo 4. The order of summation follows from the matrix alone.
 inline constexpr int kRowPairs = 2;
 inline constexpr int kColumnParts = kWarps / kRowPairs;
 
 // Registers of a lane for half records under way. 48 hold three of int4, 77 KB a multiprocessor.
 inline constexpr int kFlightRegisters = 48;
 constexpr int half_records_ahead(int registers_each, int token_tiles) {
-  const int room = token_tiles == 1 ? kFlightRegisters : kFlightRegisters - 12;
+  const int room = token_tiles <= 2 ? kFlightRegisters : kFlightRegisters / 2;
   const int count = room / registers_each;
   return count < 1 ? 1 : count > 4 ? 4 : count;
 }
@@ -27,15 +27,23 @@ constexpr int half_records_ahead(int registers_each, int token_tiles) {
 // Of its first row block, sent towards L2 while a CTA waits for the kernel before.
 inline constexpr int kPrefetchedRecords = 32;
 
-inline constexpr int kTokenTile = 8;    // n of mma
-inline constexpr int kPassTokens = 16;  // of a task at a time, at most: two token tiles
-// Rows of x and of partial sums are this much apart beyond their length, against bank conflicts.
-inline constexpr int kXPadBytes = 16;
-inline constexpr int kSumPitch = 68;  // floats: 64 rows, and 8 columns of 4 lanes fall apart
+inline constexpr int kTokenTile = 4;    // n of mma is 8: high and low bytes of x
+inline constexpr int kPassTokens = 16;  // of a task at a time, at most: four token tiles
+inline constexpr int kSumPitch = 72;    // floats: 64 rows, and 8 columns of 4 lanes fall apart
 
 // x comes as two groups of copies: products begin when that of so many records (2048 columns) is
 // there, enough for all half records under way.
 inline constexpr int kChunkRecords = 16;
+
+// A token of x in shared memory: high bytes, low bytes, scales. What is between them makes eight
+// rows of bytes, those of four tokens, fall on all banks.
+struct XPlace {
+  int low_offset, scales_offset, pitch;
+};
+constexpr XPlace x_place(int records) {
+  const int row = records * kRecordColumns;
+  return {row + 16, 2 * row + 32, 2 * row + 32 + (records * 4 + 127) / 128 * 128};
+}
 
 // Shared memory of a CTA: partial sums, two buffers; then x. The rest is for what is static.
 inline constexpr int kSharedBytes = 113 * 1024 - 256;

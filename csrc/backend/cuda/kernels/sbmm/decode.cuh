@@ -1,7 +1,8 @@
 #pragma once
 
-// Codes to fp16 or bf16 registers of mma.sp, in integer operations that host and device share, so
-// that a test on the host runs the very functions of the kernel. A "pair" is two 16-bit floats.
+// Codes to the bytes of mma.sp, in integer operations that host and device share, so that a test on
+// the host runs the very functions of the kernel. A byte is a weight times a power of two, its
+// type's unit, so that its sign stands in bit 7 wherever its code came from.
 
 #include <cstdint>
 
@@ -13,8 +14,8 @@
 
 namespace deltazip::cuda {
 
-// v with some bits taken, over a number whose last mantissa bit is worth one. Left to itself the
-// compiler makes two LOP3 of it, since one has room for one constant.
+// v with some bits taken, and others set. Left to itself the compiler makes two LOP3 of it, since
+// one has room for one constant.
 DZ_HOST_DEVICE std::uint32_t take_bits(std::uint32_t v, std::uint32_t mask, std::uint32_t base) {
 #ifdef __CUDA_ARCH__
   std::uint32_t out;
@@ -22,22 +23,6 @@ DZ_HOST_DEVICE std::uint32_t take_bits(std::uint32_t v, std::uint32_t mask, std:
   return out;
 #else
   return (v & mask) | base;
-#endif
-}
-
-DZ_HOST_DEVICE std::uint32_t rotate_right(std::uint32_t v, std::uint32_t count) {
-#ifdef __CUDA_ARCH__
-  return __funnelshift_r(v, v, count);
-#else
-  return count % 32 == 0 ? v : v >> (count % 32) | v << (32 - count % 32);
-#endif
-}
-
-DZ_HOST_DEVICE std::uint32_t swap_halves(std::uint32_t v) {
-#ifdef __CUDA_ARCH__
-  return __byte_perm(v, 0, 0x1032);
-#else
-  return v >> 16 | v << 16;
 #endif
 }
 
@@ -49,17 +34,6 @@ DZ_HOST_DEVICE std::uint32_t select_bits(std::uint32_t mask, std::uint32_t x, st
   return out;
 #else
   return (x & mask) | (y & ~mask);
-#endif
-}
-
-// v with some bits taken and some of these turned over.
-DZ_HOST_DEVICE std::uint32_t flip_bits(std::uint32_t v, std::uint32_t mask, std::uint32_t flip) {
-#ifdef __CUDA_ARCH__
-  std::uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(out) : "r"(v), "r"(mask), "r"(flip));
-  return out;
-#else
-  return (v & mask) ^ flip;
 #endif
 }
 
@@ -77,15 +51,30 @@ DZ_HOST_DEVICE std::uint32_t pick_bytes(std::uint32_t x, std::uint32_t y, std::u
 #endif
 }
 
+// sparse24_int4: a word is registers a[2h] and a[2h + 1], the low and high nibbles of its bytes,
+// which are code - 8 in two's complement.
+inline constexpr float kInt4Unit = 16.0F;
+DZ_HOST_DEVICE std::uint32_t int4_bytes(std::uint32_t word, bool is_high) {
+  return (is_high ? word : word << 4) & 0xF0F0F0F0u;
+}
+
+// sparse24_int2: a word is registers a[0..3], register i at bits 2 i of each byte, the code with
+// its upper bit turned over: code - 2 in two's complement, so with a one below it 2 code - 3.
+inline constexpr float kInt2Unit = 32.0F;
+template <int kField>
+DZ_HOST_DEVICE std::uint32_t int2_bytes(std::uint32_t word) {
+  return take_bits(word << (6 - 2 * kField), 0xC0C0C0C0u, 0x20202020u);
+}
+
 // Ternary groups. A state is five bits: index planes a, b, c and signs s0, s1 (1 is minus).
 //   index nibble: a ? 8 + b + 4c : (b ? 14 : 4), that is index0 | index1 << 2
 //   E = c and not a: one weight of the pair is zero, the second where s0 == s1, else the first
 // Six pairs without E, and with E the pairs (0,1) and (2,3) again, which reach every single place.
 // A word holds a bit of each of a lane's 32 groups of two row tiles (r), so that one operation
 // decodes all of them. mma.sp wants a group's indices in another lane of the quad than its weights:
-// with tile j = s + 2 y, half h of its columns, group p of the half, and rows q + 8 r8,
-//   planes a, b, c of lane 4 q + 2 s + h: bit 16 r8 + 4 p + e,          e = 2 y + r
-//   signs of lane 4 q + p: word r8, bit 8 s + 4 h + e is s0, the bit 16 above is s1
+// with tile e = 2 y + r, half h of its columns, group p = 2 c + g of the half, rows q + 8 t,
+//   planes a, b, c of lane 4 q + 2 h + t: bit 4 p + e
+//   signs s0 and s1 of lane 4 q + c: bit 16 h + 8 g + 4 t + e
 struct TernaryPlanes {
   std::uint32_t a, b, c;
 };
@@ -105,51 +94,52 @@ DZ_HOST_DEVICE void ternary_metadata(std::uint32_t (&out)[4], const TernaryPlane
   out[3] = select_bits(kLow, low1 >> 2, high1);
 }
 
-// E travels from the lanes with the indices to those with the weights by two exchanges within the
-// quad, first with lane ^ 1, then with lane ^ 2. Bits 16 r8 + 4 p + e become 16 r8 + 8 s + 4 h + e.
+// E travels from the lanes with the indices to those with the weights: byte c to lane 4 q + c, by
+// an exchange with lane ^ 1, then one with lane ^ 2. Then bits [h][t][g][e] become [h][g][t][e].
 DZ_HOST_DEVICE std::uint32_t ternary_singles(const TernaryPlanes& planes) {
   return ~planes.a & planes.c;
 }
-DZ_HOST_DEVICE std::uint32_t exchange_nibbles(std::uint32_t own, std::uint32_t other,
-                                              std::uint32_t lane) {
-  const bool is_odd = lane % 2 != 0;
-  return select_bits(is_odd ? 0xF0F0F0F0u : 0x0F0F0F0Fu, own, rotate_right(other, is_odd ? 4 : 28));
-}
 DZ_HOST_DEVICE std::uint32_t exchange_bytes(std::uint32_t own, std::uint32_t other,
                                             std::uint32_t lane) {
-  return pick_bytes(own, other, lane % 4 < 2 ? 0x6240u : 0x3715u);
+  return pick_bytes(own, other, lane % 2 == 0 ? 0x6240u : 0x3715u);
+}
+DZ_HOST_DEVICE std::uint32_t exchange_halves(std::uint32_t own, std::uint32_t other,
+                                             std::uint32_t lane) {
+  return pick_bytes(own, other, lane % 4 < 2 ? 0x5410u : 0x3276u);
+}
+DZ_HOST_DEVICE std::uint32_t swap_inner_nibbles(std::uint32_t v) {
+  const std::uint32_t differ = (v ^ v >> 4) & 0x00F000F0u;
+  return v ^ differ ^ differ << 4;
 }
 
-// The weights of rows q + 8 r8 as digits of two bits, (minus, zero), those of a group 16 apart:
-// tile[r] has (tile j, half h) at bits b and b - 1 with b = 8 s + 4 h + 2 y + r, the word taken as
-// a ring.
+// The weights of half h, as digits of two bits, (minus, not zero): byte 2 g + k is the k-th of its
+// group, tile (y, r) in rows q + 8 t at bits 2 (2 t + y) of digits[h][r].
 struct TernaryDigits {
-  std::uint32_t tile[2];
+  std::uint32_t of[2][2];
 };
 
-DZ_HOST_DEVICE TernaryDigits ternary_digits(std::uint32_t signs, std::uint32_t singles, int r8) {
-  const std::uint32_t both = pick_bytes(singles, 0, r8 == 0 ? 0x1010u : 0x3232u);
-  const std::uint32_t zero = both & (signs ^ swap_halves(signs) ^ 0xFFFF0000u);
-  const std::uint32_t below = rotate_right(zero, 1);
-  return {{select_bits(0x55555555u, signs, below), select_bits(0xAAAAAAAAu, signs, below)}};
+DZ_HOST_DEVICE TernaryDigits ternary_digits(std::uint32_t s0, std::uint32_t s1,
+                                            std::uint32_t singles) {
+  const std::uint32_t kept0 = ~(singles & (s0 ^ s1)), kept1 = ~(singles & ~(s0 ^ s1));
+  const std::uint32_t minus0 = s0 & kept0, minus1 = s1 & kept1;
+  TernaryDigits out{};
+  for (int h = 0; h < 2; ++h) {
+    const std::uint32_t bytes = h == 0 ? 0x5140u : 0x7362u;
+    const std::uint32_t minus = pick_bytes(minus0, minus1, bytes);
+    const std::uint32_t kept = pick_bytes(kept0, kept1, bytes);
+    out.of[h][0] = select_bits(0xAAAAAAAAu, minus << 1, kept);
+    out.of[h][1] = select_bits(0xAAAAAAAAu, minus, kept >> 1);
+  }
+  return out;
 }
 
-// Sign and the top exponent bit: 2, 0 or -0, -2 in fp16 and in bf16 alike.
-inline constexpr float kTernaryUnit = 2.0F;
-
-// The pair of tile j = s + 2 y, half h, row tile r.
-template <int kR, int kJ, int kHalf>
-DZ_HOST_DEVICE std::uint32_t ternary_pair(std::uint32_t tile) {
-  constexpr int kShift = 15 - (8 * (kJ % 2) + 4 * kHalf + 2 * (kJ / 2) + kR);
-  const std::uint32_t turned = kShift == 15 ? rotate_right(tile, 32 - kShift) : tile << kShift;
-  return flip_bits(turned, 0xC000C000u, 0x40004000u);
+inline constexpr float kTernaryUnit = 64.0F;
+template <int kT, int kY>
+DZ_HOST_DEVICE std::uint32_t ternary_bytes(std::uint32_t digits) {
+  return digits << (6 - 2 * (2 * kT + kY)) & 0xC0C0C0C0u;
 }
 
-// The word of sparse24_int4 for one lane and tile: the two codes of a[i] in this nibble and in that
-// 4 above. So fp16 needs one shift a word.
-constexpr int int4_nibble(int i) { return i % 2 * 2 + i / 2; }
-
-// The word of sparse24_int2 for one lane and two tiles: a[i] of tile t is field f = 4 t + i, its
-// first code at bits 2 f + 1, the second 16 above, the word taken as a ring.
+// dense_int4: a word is registers a[2h] and a[2h + 1] as above; dense_int8: a word is a register.
+inline constexpr float kInt8Unit = 1.0F;
 
 }  // namespace deltazip::cuda

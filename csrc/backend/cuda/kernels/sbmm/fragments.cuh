@@ -2,16 +2,14 @@
 
 // A record's words of one warp, from global memory to the registers of mma.
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 #include "backend/cuda/kernels/device/ldmatrix.cuh"
-#include "backend/cuda/kernels/device/mma.cuh"
-#include "backend/cuda/kernels/device/mma_sp.cuh"
+#include "backend/cuda/kernels/device/mma_int8.cuh"
+#include "backend/cuda/kernels/device/smem.cuh"
 #include "backend/cuda/kernels/device/stream_load.cuh"
 #include "backend/cuda/kernels/sbmm/config.h"
 #include "backend/cuda/kernels/sbmm/decode.cuh"
@@ -27,6 +25,7 @@ template <int kCount, typename Body>
 __device__ __forceinline__ void static_for(Body&& body) {
   for_each_index(std::make_integer_sequence<int, kCount>{}, body);
 }
+
 template <int... kI, typename Body>
 __device__ __forceinline__ bool all_of_indices(std::integer_sequence<int, kI...>, Body&& body) {
   return (body(std::integral_constant<int, kI>{}) && ...);
@@ -37,252 +36,181 @@ __device__ __forceinline__ bool all_of_first(Body&& body) {
   return all_of_indices(std::make_integer_sequence<int, kCount>{}, body);
 }
 
-// Two equal constants of 16 bits.
-template <typename T>
-__device__ __forceinline__ std::uint32_t twice(float value) {
-  return pack_pair<T>(value, value);
-}
-
-// a * b + c on pairs.
-template <typename T>
-__device__ __forceinline__ std::uint32_t fma_pair(std::uint32_t a, std::uint32_t b,
-                                                  std::uint32_t c) {
-  std::uint32_t d;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  } else {
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  }
-  return d;
-}
-template <typename T>
-__device__ __forceinline__ std::uint32_t subtract_pair(std::uint32_t a, float b) {
-  return fma_pair<T>(a, twice<T>(1.0F), twice<T>(-b));
-}
-
-// The four registers of a word of nibbles: value code - 8. In fp16, 1024 + code is one OR, and
-// 64 + code the same four bits higher; bf16 has seven bits of mantissa, so 128 + code, and shifts.
-template <typename T>
-__device__ __forceinline__ void decode_nibbles(std::uint32_t (&a)[4], std::uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const std::uint32_t upper = word >> 8;
-    a[0] = subtract_pair<T>(take_bits(word, 0x000F000Fu, 0x64006400u), 1032.0F);
-    a[2] = subtract_pair<T>(take_bits(word, 0x00F000F0u, 0x54005400u), 72.0F);
-    a[1] = subtract_pair<T>(take_bits(upper, 0x000F000Fu, 0x64006400u), 1032.0F);
-    a[3] = subtract_pair<T>(take_bits(upper, 0x00F000F0u, 0x54005400u), 72.0F);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i] = subtract_pair<T>(take_bits(word >> (4 * int4_nibble(i)), 0x000F000Fu, 0x43004300u),
-                              136.0F);
-    }
-  }
-}
-
-// Field kField of an int2 word: value 2 code - 3, by one OR and one exact fma. A field at bit s
-// stands for code * 2^s; s = 1, 3, 5, 7 keep the constants exact (fp16), or 1, 3, 5 (bf16).
-template <typename T, int kField>
-__device__ __forceinline__ std::uint32_t decode_int2(std::uint32_t word) {
-  constexpr bool kIsHalf = std::is_same_v<T, __half>;
-  constexpr int kPerTurn = kIsHalf ? 4 : 3;
-  constexpr int kShift = 2 * (kField % kPerTurn) + 1;
-  constexpr float kBase = kIsHalf ? 1024.0F : 128.0F;
-  constexpr float kFactor = 2.0F / (1 << kShift);
-  const std::uint32_t turned = rotate_right(word, kField / kPerTurn * kPerTurn * 2);
-  const std::uint32_t number =
-      take_bits(turned, 0x00030003u << kShift, kIsHalf ? 0x64006400u : 0x43004300u);
-  return fma_pair<T>(number, twice<T>(kFactor), twice<T>(-kBase * kFactor - 3.0F));
-}
-
-// Two bytes of a word, 0 and 2: value code - 128.
-template <typename T>
-__device__ __forceinline__ std::uint32_t decode_bytes(std::uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return subtract_pair<T>(take_bits(word, 0x00FF00FFu, 0x64006400u), 1152.0F);
-  } else {
-    const std::uint32_t high =
-        subtract_pair<T>(take_bits(word >> 4, 0x000F000Fu, 0x43004300u), 136.0F);
-    const std::uint32_t low = subtract_pair<T>(take_bits(word, 0x000F000Fu, 0x43004300u), 128.0F);
-    return fma_pair<T>(high, twice<T>(16.0F), low);
-  }
-}
-
-// Where a lane reads its words of a record, and its scales. Records further on are an offset of 32
-// bits away: one register to count up for all three.
+// Where a lane reads its words of a record, and its scales.
 struct LaneSource {
   const unsigned char *first, *second, *scales;
+
+  __device__ __forceinline__ void advance(int num_bytes) {
+    first += num_bytes;
+    second += num_bytes;
+    scales += num_bytes;
+  }
 };
 template <typename V>
-__device__ __forceinline__ V load_words(const unsigned char* from, std::uint32_t offset,
-                                        int index = 0) {
-  return stream_load(reinterpret_cast<const V*>(from + offset) + index, kEvictFirst);
+__device__ __forceinline__ V load_words(const unsigned char* from, int index = 0) {
+  return stream_load(reinterpret_cast<const V*>(from) + index, kEvictFirst);
 }
 
+template <int kIndex>
+__device__ __forceinline__ std::uint32_t get(const uint4& v) {
+  return kIndex == 0 ? v.x : kIndex == 1 ? v.y : kIndex == 2 ? v.z : v.w;
+}
+
+// The bytes of mma's A and metadata.
+struct SparseFragment {
+  std::uint32_t a[4], metadata;
+};
+
 // Row tiles 2 pair and 2 pair + 1 of a record, as lane 4 q + c holds them: load() asks for the
-// words, prepare() is the part of decoding that all tiles share, multiply<r, j>() adds tile (2 pair
-// + r, j) times b to sum.
+// words, prepare() is the part of decoding that all tiles share, and gives what has the tiles
+// themselves: fragment<y, r>() of 64 columns of a sparse type, fragment<j, r>() of 32 of a dense.
 template <DeltaType kType>
 struct Words;
 
 template <>
 struct Words<DeltaType::kSparse24Int4> {
-  static constexpr float kUnit = 1.0F;
+  static constexpr float kUnit = kInt4Unit;
   static constexpr int kRegisters = 12;
   uint4 values[2], indices;
 
-  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
-    record += lane * 16;
-    return {record + pair * 1024, record + kRecordRows * kRecordColumns / 4 + pair * 512, nullptr};
+  __device__ static void place(LaneSource& from, int pair, int lane) {
+    from.first += pair * 1024 + lane * 16;
+    from.second += kRecordRows * kRecordColumns / 4 + pair * 512 + lane * 16;
   }
-  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
-    values[0] = load_words<uint4>(from.first, offset);
-    values[1] = load_words<uint4>(from.first, offset, 32);
-    indices = load_words<uint4>(from.second, offset);
+  __device__ __forceinline__ void load(const LaneSource& from) {
+    values[0] = load_words<uint4>(from.first);
+    values[1] = load_words<uint4>(from.first, 32);
+    indices = load_words<uint4>(from.second);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
-  template <typename T, int kR, int kJ, int kTiles>
-  __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
-                                           const std::uint32_t (&b)[kTiles][4]) const {
-    const uint4& v = values[kR];
-    std::uint32_t a[4];
-    decode_nibbles<T>(a, kJ == 0 ? v.x : kJ == 1 ? v.y : kJ == 2 ? v.z : v.w);
-    const std::uint32_t metadata =
-        kR == 0 ? (kJ < 2 ? indices.x : indices.y) : (kJ < 2 ? indices.z : indices.w);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) mma_sp_m16n8k32<T, kJ % 2>(sum[n], a, b[n], metadata);
+  template <int kY, int kR>
+  __device__ __forceinline__ SparseFragment fragment() const {
+    const std::uint32_t left = get<2 * kR>(values[kY]), right = get<2 * kR + 1>(values[kY]);
+    return {{int4_bytes(left, false), int4_bytes(left, true), int4_bytes(right, false),
+             int4_bytes(right, true)},
+            get<2 * kY + kR>(indices)};
   }
 };
 
 template <>
 struct Words<DeltaType::kSparse24Int2> {
-  static constexpr float kUnit = 1.0F;
+  static constexpr float kUnit = kInt2Unit;
   static constexpr int kRegisters = 8;
   uint4 values, indices;
 
-  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
-    return {record + (pair * 32 + lane) * 16, nullptr, nullptr};
+  __device__ static void place(LaneSource& from, int pair, int lane) {
+    from.first += (pair * 32 + lane) * 16;
   }
-  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
-    values = load_words<uint4>(from.first, offset);
-    indices = load_words<uint4>(from.first, offset, 64);
+  __device__ __forceinline__ void load(const LaneSource& from) {
+    values = load_words<uint4>(from.first);
+    indices = load_words<uint4>(from.first, 64);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
-  template <typename T, int kR, int kJ, int kTiles>
-  __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
-                                           const std::uint32_t (&b)[kTiles][4]) const {
-    const std::uint32_t word =
-        kR == 0 ? (kJ < 2 ? values.x : values.y) : (kJ < 2 ? values.z : values.w);
-    const std::uint32_t metadata =
-        kR == 0 ? (kJ < 2 ? indices.x : indices.y) : (kJ < 2 ? indices.z : indices.w);
-    constexpr int kFirst = kJ % 2 * 4;
-    const std::uint32_t a[4] = {decode_int2<T, kFirst>(word), decode_int2<T, kFirst + 1>(word),
-                                decode_int2<T, kFirst + 2>(word), decode_int2<T, kFirst + 3>(word)};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) mma_sp_m16n8k32<T, kJ % 2>(sum[n], a, b[n], metadata);
+  template <int kY, int kR>
+  __device__ __forceinline__ SparseFragment fragment() const {
+    const std::uint32_t word = get<2 * kY + kR>(values);
+    return {{int2_bytes<0>(word), int2_bytes<1>(word), int2_bytes<2>(word), int2_bytes<3>(word)},
+            get<2 * kY + kR>(indices)};
   }
 };
 
 struct TernaryTiles {
-  TernaryDigits digits[2];  // [r8]
+  TernaryDigits digits;
   std::uint32_t metadata[4];
 
-  template <typename T, int kR, int kJ, int kTiles>
-  __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
-                                           const std::uint32_t (&b)[kTiles][4]) const {
-    const std::uint32_t upper = digits[0].tile[kR], lower = digits[1].tile[kR];
-    const std::uint32_t a[4] = {ternary_pair<kR, kJ, 0>(upper), ternary_pair<kR, kJ, 0>(lower),
-                                ternary_pair<kR, kJ, 1>(upper), ternary_pair<kR, kJ, 1>(lower)};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      mma_sp_m16n8k32<T, kJ % 2>(sum[n], a, b[n], metadata[kJ / 2 * 2 + kR]);
-    }
+  template <int kY, int kR>
+  __device__ __forceinline__ SparseFragment fragment() const {
+    return {{ternary_bytes<0, kY>(digits.of[0][kR]), ternary_bytes<1, kY>(digits.of[0][kR]),
+             ternary_bytes<0, kY>(digits.of[1][kR]), ternary_bytes<1, kY>(digits.of[1][kR])},
+            metadata[2 * kY + kR]};
   }
 };
 
 template <>
 struct Words<DeltaType::kSparse24Ternary> {
-  static constexpr float kUnit = 1.0F / kTernaryUnit;
+  static constexpr float kUnit = kTernaryUnit;
   static constexpr int kRegisters = 5;
-  uint4 words;  // planes a, b, c; signs of rows q
-  std::uint32_t lower_signs;
+  uint4 words;  // planes a, b, c; signs 0
+  std::uint32_t second_signs;
 
-  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
-    const int at = pair * 32 + lane;
-    return {record + at * 16, record + kTernaryLowerSigns + at * 4, nullptr};
+  __device__ static void place(LaneSource& from, int pair, int lane) {
+    from.first += (pair * 32 + lane) * 16;
+    from.second += kTernarySecondSigns + (pair * 32 + lane) * 4;
   }
-  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
-    words = load_words<uint4>(from.first, offset);
-    lower_signs = load_words<std::uint32_t>(from.second, offset);
+  __device__ __forceinline__ void load(const LaneSource& from) {
+    words = load_words<uint4>(from.first);
+    second_signs = load_words<std::uint32_t>(from.second);
   }
   __device__ __forceinline__ TernaryTiles prepare(int lane_index) const {
     const auto lane = static_cast<std::uint32_t>(lane_index);
     const TernaryPlanes planes{words.x, words.y, words.z};
     std::uint32_t singles = ternary_singles(planes);
-    singles = exchange_nibbles(singles, __shfl_xor_sync(0xFFFFFFFFu, singles, 1), lane);
-    singles = exchange_bytes(singles, __shfl_xor_sync(0xFFFFFFFFu, singles, 2), lane);
+    singles = exchange_bytes(singles, __shfl_xor_sync(0xFFFFFFFFu, singles, 1), lane);
+    singles = exchange_halves(singles, __shfl_xor_sync(0xFFFFFFFFu, singles, 2), lane);
     TernaryTiles tiles;
     ternary_metadata(tiles.metadata, planes);
-    tiles.digits[0] = ternary_digits(words.w, singles, 0);
-    tiles.digits[1] = ternary_digits(lower_signs, singles, 1);
+    tiles.digits = ternary_digits(words.w, second_signs, swap_inner_nibbles(singles));
     return tiles;
   }
 };
 
+struct DenseFragment {
+  std::uint32_t a[4];
+};
+
 template <>
 struct Words<DeltaType::kDenseInt4> {
-  static constexpr float kUnit = 1.0F;
+  static constexpr float kUnit = kInt4Unit;
   static constexpr int kRegisters = 16;
   uint2 words[8];
 
-  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
-    return {record + (pair * 256 + lane) * static_cast<int>(sizeof(uint2)), nullptr, nullptr};
+  __device__ static void place(LaneSource& from, int pair, int lane) {
+    from.first += (pair * 256 + lane) * static_cast<int>(sizeof(uint2));
   }
-  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
+  __device__ __forceinline__ void load(const LaneSource& from) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = load_words<uint2>(from.first, offset, i * 32);
+    for (int i = 0; i < 8; ++i) words[i] = load_words<uint2>(from.first, i * 32);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
-  template <typename T, int kR, int kJ, int kTiles>
-  __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
-                                           const std::uint32_t (&b)[kTiles][4]) const {
+  template <int kJ, int kR>
+  __device__ __forceinline__ DenseFragment fragment() const {
     const uint2 word = words[kR * 4 + kJ];
-    std::uint32_t a[2][4];
-    decode_nibbles<T>(a[0], word.x);
-    decode_nibbles<T>(a[1], word.y);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      mma_m16n8k16<T>(sum[n], a[0], b[n][0], b[n][1]);
-      mma_m16n8k16<T>(sum[n], a[1], b[n][2], b[n][3]);
-    }
+    return {{int4_bytes(word.x, false), int4_bytes(word.x, true), int4_bytes(word.y, false),
+             int4_bytes(word.y, true)}};
   }
 };
 
 template <>
 struct Words<DeltaType::kDenseInt8> {
-  static constexpr float kUnit = 1.0F;
+  static constexpr float kUnit = kInt8Unit;
   static constexpr int kRegisters = 32;
   uint4 words[8];
 
-  __device__ static LaneSource source(const unsigned char* record, int pair, int lane) {
-    return {record + (pair * 256 + lane) * static_cast<int>(sizeof(uint4)), nullptr, nullptr};
+  __device__ static void place(LaneSource& from, int pair, int lane) {
+    from.first += (pair * 256 + lane) * static_cast<int>(sizeof(uint4));
   }
-  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
+  __device__ __forceinline__ void load(const LaneSource& from) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = load_words<uint4>(from.first, offset, i * 32);
+    for (int i = 0; i < 8; ++i) words[i] = load_words<uint4>(from.first, i * 32);
   }
   __device__ __forceinline__ const Words& prepare(int) const { return *this; }
-  template <typename T, int kR, int kJ, int kTiles>
-  __device__ __forceinline__ void multiply(float (&sum)[kTiles][4],
-                                           const std::uint32_t (&b)[kTiles][4]) const {
+  template <int kJ, int kR>
+  __device__ __forceinline__ DenseFragment fragment() const {
     const uint4 word = words[kR * 4 + kJ];
-    const std::uint32_t a[2][4] = {{decode_bytes<T>(word.x), decode_bytes<T>(word.x >> 8),
-                                    decode_bytes<T>(word.y), decode_bytes<T>(word.y >> 8)},
-                                   {decode_bytes<T>(word.z), decode_bytes<T>(word.z >> 8),
-                                    decode_bytes<T>(word.w), decode_bytes<T>(word.w >> 8)}};
+    return {{word.x, word.y, word.z, word.w}};
+  }
+};
+
+// A lane's places in x, of kTiles tiles of tokens: for ldmatrix, and of the scale of its token.
+template <int kTiles>
+struct LaneX {
+  std::uint32_t bytes[kTiles], scales[kTiles];
+
+  __device__ __forceinline__ void advance(int records) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      mma_m16n8k16<T>(sum[n], a[0], b[n][0], b[n][1]);
-      mma_m16n8k16<T>(sum[n], a[1], b[n][2], b[n][3]);
+      bytes[n] += records * kRecordColumns;
+      scales[n] += records * 4;
     }
   }
 };
@@ -294,68 +222,95 @@ struct HalfRecord {
   Words<kType> words;
   uint2 scales[kParts];
 
+  // The lane's places in the record that begins at `record`.
   __device__ static LaneSource source(const unsigned char* record, int scales_offset, int pair,
                                       int lane) {
-    LaneSource from = Words<kType>::source(record, pair, lane);
-    from.scales = record + scales_offset + (lane / 4 * 2 + pair) * 8;
+    LaneSource from{record, record, record + scales_offset + (lane / 4 * 2 + pair) * 8};
+    Words<kType>::place(from, pair, lane);
     return from;
   }
-  __device__ __forceinline__ void load(const LaneSource& from, std::uint32_t offset) {
-    words.load(from, offset);
+  __device__ __forceinline__ void load(const LaneSource& from) {
+    words.load(from);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      scales[i] = load_words<uint2>(from.scales, offset, i * (kScalePartBytes / 8));
+      scales[i] = load_words<uint2>(from.scales, i * (kScalePartBytes / 8));
     }
   }
 
-  // acc += these rows times kTiles * 8 tokens. Scales are applied to the sums of a group, not to
-  // its weights, kUnit by the caller. b[n]: this lane's ldmatrix address of token tile n at the
-  // record's column 0.
-  template <typename T, int kTiles>
-  __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][4], int lane,
-                                           const std::uint32_t (&b)[kTiles]) const {
-    constexpr int kTilesPerPart = 4 / kParts;
+  // acc += these rows times kTiles * 4 tokens, in units of 1 / kUnit. The sum of a group is an
+  // exact integer; scales are applied to it.
+  template <int kTiles>
+  __device__ __forceinline__ void multiply(float (&acc)[2][kTiles][2], int lane,
+                                           const LaneX<kTiles>& x) const {
     const auto& tiles = words.prepare(lane);
-    float sum[2][kTiles][4];
-    // x of all columns first, where registers allow: each load would be waited for.
-    constexpr int kEarly = kTiles == 1 ? 4 : 1;
-    std::uint32_t fragments[kEarly][kTiles][4];
-    static_for<4>([&](auto j) {
-      if constexpr (j % kEarly == 0) {
+    float x_scales[kTiles];
 #pragma unroll
-        for (int early = 0; early < kEarly; ++early) {
+    for (int n = 0; n < kTiles; ++n) x_scales[n] = load_shared_float(x.scales[n]);
+    // x of both halves first where registers allow: each load would be waited for.
+    constexpr bool kHoldsX = kTiles <= 2;
+    std::uint32_t b[kHoldsX ? 2 : 1][kTiles][4];
+    if constexpr (kHoldsX) {
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            ldmatrix_x4(fragments[early][n], b[n] + (j + early) * 64);
-          }
-        }
+      for (int y = 0; y < 2; ++y) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) ldmatrix_x4(b[y][n], x.bytes[n] + y * 64);
       }
-      const auto& fragment = fragments[j % kEarly];
-      static_for<2>([&](auto r) {
-        if constexpr (j % kTilesPerPart == 0) {
+    }
+    static_for<2>([&](auto r) {
+      int sum[kTiles][4];
+      const auto apply = [&](int part) {
+        const std::uint32_t both = r == 0 ? scales[part].x : scales[part].y;
+        const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&both));
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[r][n][i] = 0.0F;
-          }
+        for (int n = 0; n < kTiles; ++n) {
+          acc[r][n][0] = fmaf(static_cast<float>(sum[n][0] * 256 + sum[n][1]),
+                              scale.x * x_scales[n], acc[r][n][0]);
+          acc[r][n][1] = fmaf(static_cast<float>(sum[n][2] * 256 + sum[n][3]),
+                              scale.y * x_scales[n], acc[r][n][1]);
         }
-        tiles.template multiply<T, r, j>(sum[r], fragment);
+      };
+      static_for<2>([&](auto y) {
+        if constexpr (!kHoldsX) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) ldmatrix_x4(b[0][n], x.bytes[n] + y * 64);
+        }
+        const auto& columns = b[kHoldsX ? y : 0];
+        if constexpr (is_sparse24(kType)) {
+          const SparseFragment f = tiles.template fragment<y, r>();
+          if constexpr (kParts < 4) {
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+              const auto& v = columns[n];
+              mma_sp_m16n8k64<kParts == 1 && y == 1>(sum[n], f.a, v[0], v[1], v[2], v[3],
+                                                     f.metadata);
+            }
+            if (kParts == 2) apply(y);
+          } else {
+            // A group ends amid a product: each half of x by itself.
+            static_for<2>([&](auto h) {
+#pragma unroll
+              for (int n = 0; n < kTiles; ++n) {
+                const auto& v = columns[n];
+                mma_sp_m16n8k64<false>(sum[n], f.a, h == 0 ? v[0] : 0, h == 0 ? v[1] : 0,
+                                       h == 0 ? 0 : v[2], h == 0 ? 0 : v[3], f.metadata);
+              }
+              apply(2 * y + h);
+            });
+          }
+        } else {
+          static_for<2>([&](auto h) {
+            constexpr int kJ = 2 * y + h;
+            const DenseFragment f = tiles.template fragment<kJ, r>();
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+              mma_m16n8k32<kParts == 1 && kJ != 0>(sum[n], f.a, columns[n][2 * h],
+                                                   columns[n][2 * h + 1]);
+            }
+            if (kParts == 4) apply(kJ);
+          });
+        }
       });
-      if constexpr ((j + 1) % kTilesPerPart == 0) {
-        const uint2 packed = scales[j / kTilesPerPart];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const std::uint32_t both = r == 0 ? packed.x : packed.y;
-          const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&both));
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            acc[r][n][0] = fmaf(sum[r][n][0], scale.x, acc[r][n][0]);
-            acc[r][n][1] = fmaf(sum[r][n][1], scale.x, acc[r][n][1]);
-            acc[r][n][2] = fmaf(sum[r][n][2], scale.y, acc[r][n][2]);
-            acc[r][n][3] = fmaf(sum[r][n][3], scale.y, acc[r][n][3]);
-          }
-        }
-      }
+      if (kParts == 1) apply(0);
     });
   }
 };

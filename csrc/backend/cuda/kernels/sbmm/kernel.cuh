@@ -42,45 +42,40 @@ class SetWalk {
   int index_, item_, last_task_, last_item_;
 };
 
-// x of a set to shared memory, [token][columns, zeros up to whole records], by all threads, as two
-// groups of copies: the columns of the first kChunkRecords, and the rest.
+// x of a set to shared memory, by all threads, as two groups of copies: the columns of the first
+// kChunkRecords with all scales, and the rest.
 __device__ __forceinline__ void copy_x(const SbmmLaunch& params, const SbmmSet& set,
-                                       unsigned char* place) {
+                                       std::uint32_t place) {
   constexpr int kChunk = kChunkRecords * kRecordColumns;
-  const int columns = set.task.columns, padded = set.task.records * kRecordColumns;
-  const int pitch = padded * 2 + kXPadBytes;
-  const auto* rows =
-      static_cast<const std::uint16_t*>(params.x) +
-      static_cast<std::int64_t>(set.task.first_row + set.first_token) * params.x_stride;
-  const bool is_aligned = params.x_stride % 8 == 0 && columns % 8 == 0 &&
-                          reinterpret_cast<std::uintptr_t>(params.x) % 16 == 0;
-  const int thread = static_cast<int>(threadIdx.x);
-  static_assert(kChunk == kSbmmThreads * 8, "the first group of a token is a vector a thread");
-  for (int k = thread * 8; k < padded || k < kChunk; k += kChunk) {
-    if (k < padded) {
-      const std::uint16_t* from = rows + (k < columns ? k : 0);
-      unsigned char* to = place + k * 2;
-      if (is_aligned) {
+  static_assert(kChunk * 2 == kSbmmThreads * 16, "the first group of a token is 16 bytes a thread");
+  const int row = set.task.records * kRecordColumns;
+  const XPlace layout = x_place(set.task.records);
+  const auto* from =
+      static_cast<const unsigned char*>(params.x) +
+      static_cast<std::int64_t>(set.task.first_row + set.first_token) * params.x_row_bytes;
+  const int thread = static_cast<int>(threadIdx.x), half = kSbmmThreads / 2;
+  const bool is_low = thread >= half;
+  const int k = thread % half * 16;
+  const unsigned char* bytes = from + (is_low ? row : 0) + k;
+  const std::uint32_t to = place + (is_low ? layout.low_offset : 0) + k;
 #pragma unroll 1
-        for (int left = set.num_tokens; left > 0; --left) {
-          cp_async_16(smem_address(to), from, k < columns);
-          from += params.x_stride;
-          to += pitch;
-        }
-      } else {
+  for (int first = 0; first < row; first += kChunk) {
+    if (first == kChunk) cp_async_commit();
+    if (first + k >= row) continue;
 #pragma unroll 1
-        for (int left = set.num_tokens; left > 0; --left) {
+    for (int i = 0; i < set.num_tokens; ++i) {
+      cp_async_16(to + first + i * layout.pitch, bytes + first + i * params.x_row_bytes);
+    }
+    if (first > 0) continue;
 #pragma unroll 1
-          for (int i = 0; i < 8; ++i) {
-            reinterpret_cast<std::uint16_t*>(to)[i] = k + i < columns ? from[i] : std::uint16_t{0};
-          }
-          from += params.x_stride;
-          to += pitch;
-        }
+    for (int at = thread * 16; at < set.task.records * 4; at += kSbmmThreads * 16) {
+      for (int i = 0; i < set.num_tokens; ++i) {
+        cp_async_16(place + layout.scales_offset + at + i * layout.pitch,
+                    from + 2 * row + at + i * params.x_row_bytes);
       }
     }
-    if (k < kChunk) cp_async_commit();
   }
+  if (row <= kChunk) cp_async_commit();
   cp_async_commit();
 }
 
@@ -102,46 +97,31 @@ struct CtaState {
 
 // A set with its task's format as constants. A function of its own, so that each format has its own
 // registers.
-template <typename T, DeltaType kType, int kParts, int kTiles>
+template <DeltaType kType, int kParts, int kTiles>
 __device__ __noinline__ void multiply_set(const SbmmSet& its_set, const SbmmLaunch& params,
                                           CtaState& cta, int turn, int sum_bytes) {
   using Half = HalfRecord<kType, kParts>;
   constexpr int kAhead = half_records_ahead(Half::kRegisters, kTiles);
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  // Uniform in the warp, and known to be to the compiler.
-  const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0);
-  const int pair = warp % kRowPairs, part = warp / kRowPairs;
+  const int warp = thread / 32, pair = warp % kRowPairs, part = warp / kRowPairs;
   const SbmmSet set = its_set;
   const int records = set.task.records, record_bytes = set.task.record_bytes;
-  const int scales_offset = set.task.scales_offset;
-  const int num_blocks = set.end - set.begin;
 
-  // The warp's steps: one record of every kColumnParts, of one row block after the other. Some
-  // warps have no record in the last step of a row block.
-  const int steps = (records + kColumnParts - 1) / kColumnParts;
-  const int total = steps * num_blocks;
-  const std::uint32_t step_bytes = kColumnParts * record_bytes;
-  const std::uint32_t block_bytes = (records - kColumnParts * steps) * record_bytes;
-  const LaneSource source =
+  // The records of a matrix are numbered through; the warp takes one of every kColumnParts.
+  const int end = (set.end - set.begin) * records;
+  int record = (part - set.begin * records) & (kColumnParts - 1);  // of the set's first row block
+  int fetches = (end - record + kColumnParts - 1) / kColumnParts;
+  LaneSource source =
       Half::source(static_cast<const unsigned char*>(set.task.data) +
-                       (static_cast<std::int64_t>(set.begin) * records + part) * record_bytes,
-                   scales_offset, pair, lane);
-  std::uint32_t offset = 0;
-  int fetch_record = part, fetches = total;
+                       (static_cast<std::int64_t>(set.begin) * records + record) * record_bytes,
+                   set.task.scales_offset, pair, lane);
   // Values at the start, or ptxas takes them for live before the function and spills them.
   Half halves[kAhead] = {};
   const auto fetch = [&](Half& half) {
-    if (fetches > 0) {
-      if (fetch_record < records) half.load(source, offset);
-      --fetches;
-      offset += step_bytes;
-      fetch_record += kColumnParts;
-      if (fetch_record >= steps * kColumnParts) {
-        fetch_record = part;
-        offset += block_bytes;
-      }
-    }
+    if (fetches > 0) half.load(source);
+    --fetches;
+    source.advance(kColumnParts * record_bytes);
   };
   static_for<kAhead>([&](auto i) { fetch(halves[i]); });
 
@@ -150,101 +130,111 @@ __device__ __noinline__ void multiply_set(const SbmmSet& its_set, const SbmmLaun
     griddep_wait();
   }
   // Nobody reads the x before it: who came here has passed the barrier of the last sum.
-  unsigned char* x = shared + sum_bytes;
+  const std::uint32_t x = smem_address(shared) + sum_bytes;
   copy_x(params, set, x);
-  BlockSums<T, kTiles> sums(params, set.task, reinterpret_cast<float*>(shared), set.first_token,
-                            set.num_tokens, set.begin, warp, lane);
+  BlockSums<kTiles> sums(params, set.task, reinterpret_cast<float*>(shared), set.first_token,
+                         set.num_tokens, set.begin, warp, lane);
   sums.read_output();
   if (thread == 0) cta.walk.next(params, cta.next[(turn + 1) % 2]);
 
-  const int pitch = records * (kRecordColumns * 2) + kXPadBytes;
   // Absent tokens read the last one: columns of a product do not mix, and nobody stores theirs.
-  std::uint32_t at[kTiles];
+  const XPlace layout = x_place(records);
+  LaneX<kTiles> at;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const int token = min(n * kTokenTile + lane % 8, set.num_tokens - 1);
-    at[n] = smem_address(x) + token * pitch + lane / 8 * 16 + part * (kRecordColumns * 2);
+    const auto token_at = [&](int token) {
+      return x + min(n * kTokenTile + token, set.num_tokens - 1) * layout.pitch;
+    };
+    at.bytes[n] = token_at(lane % 8 / 2) + lane % 2 * layout.low_offset + lane / 8 * 16 +
+                  record * kRecordColumns;
+    at.scales[n] = token_at(lane % 4) + layout.scales_offset + record * 4;
   }
-  float acc[2][kTiles][4] = {};
+  float acc[2][kTiles][2] = {};
   cp_async_wait<1>();
   __syncthreads();
-  const int rest_at = total - kChunkRecords / kColumnParts;  // steps left when the rest of x is due
-
-  int record = part;
-  for (int left = total; left > 0;) {
-    static_for<kAhead>([&](auto i) {
-      if (left <= 0) return;
-      if (left == rest_at) {
-        cp_async_wait<0>();
-        __syncthreads();
-      }
-      --left;
-      if (record < records) halves[i].template multiply<T>(acc, lane, at);
+  // Steps until something is to be done. A row block ends; or the rest of x is due: before the last
+  // step that needs none of it, since with that one a row block may end.
+  constexpr int kBeforeRest = kChunkRecords / kColumnParts - 1;
+  bool awaits_rest = records > kChunkRecords;
+  int blocks = set.end - set.begin;
+  const auto steps_of_block = [&] { return (records - record + kColumnParts - 1) / kColumnParts; };
+  int until = awaits_rest ? kBeforeRest : steps_of_block();
+  // Row blocks end, more than one where a warp has none of their records; false after the last.
+  const auto end_blocks = [&] {
+    do {
+      record += steps_of_block() * kColumnParts - records;
+      static_for<2 * kTiles>([&](auto k) {
+#pragma unroll
+        for (float& sum : acc[k / kTiles][k % kTiles]) sum *= 1.0F / Words<kType>::kUnit;
+      });
+      sums.finish(acc);
+      if (--blocks == 0) return false;
+      sums.read_output();
+      static_for<2 * kTiles>([&](auto k) {
+#pragma unroll
+        for (float& sum : acc[k / kTiles][k % kTiles]) sum = 0.0F;
+      });
+      at.advance(-records);
+      until = steps_of_block();
+    } while (until == 0);
+    return true;
+  };
+  if (until == 0 && !end_blocks()) return;
+  while (true) {
+    const bool goes_on = all_of_first<kAhead>([&](auto i) {
+      halves[i].multiply(acc, lane, at);
       fetch(halves[i]);
-      record += kColumnParts;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) at[n] += kColumnParts * kRecordColumns * 2;
-      if (record >= steps * kColumnParts) {
-        record = part;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) at[n] -= steps * (kColumnParts * kRecordColumns * 2);
-        static_for<2 * kTiles>([&](auto k) {
-#pragma unroll
-          for (float& sum : acc[k / kTiles][k % kTiles]) sum *= Words<kType>::kUnit;
-        });
-        sums.finish(acc);
-        if (left > 0) sums.read_output();
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) acc[r][n][k] = 0.0F;
-          }
-        }
-      }
+      at.advance(kColumnParts);
+      if (--until > 0) return true;
+      if (!awaits_rest) return end_blocks();
+      awaits_rest = false;
+      until = steps_of_block() - kBeforeRest;
+      cp_async_wait<0>();
+      __syncthreads();
+      return true;
     });
+    if (!goes_on) return;
   }
 }
 
-template <typename T, DeltaType kType, int kParts, typename... Args>
+template <DeltaType kType, int kParts, typename... Args>
 __device__ __forceinline__ void multiply_tiles(const SbmmSet& set, Args&&... args) {
+  static_assert(kPassTokens == 4 * kTokenTile);
   if (set.num_tokens <= kTokenTile) {
-    multiply_set<T, kType, kParts, 1>(set, args...);
+    multiply_set<kType, kParts, 1>(set, args...);
+  } else if (set.num_tokens <= 2 * kTokenTile) {
+    multiply_set<kType, kParts, 2>(set, args...);
   } else {
-    multiply_set<T, kType, kParts, kPassTokens / kTokenTile>(set, args...);
+    multiply_set<kType, kParts, 4>(set, args...);
   }
 }
-template <typename T, DeltaType kType, typename... Args>
+template <DeltaType kType, typename... Args>
 __device__ __forceinline__ void multiply_parts(const SbmmSet& set, Args&&... args) {
   const int scale_parts = set.task.scale_parts;
   if (scale_parts == 1) {
-    multiply_tiles<T, kType, 1>(set, args...);
+    multiply_tiles<kType, 1>(set, args...);
   } else if (scale_parts == 2 && is_sparse24(kType)) {
-    multiply_tiles<T, kType, is_sparse24(kType) ? 2 : 4>(set, args...);
+    multiply_tiles<kType, is_sparse24(kType) ? 2 : 4>(set, args...);
   } else {
-    multiply_tiles<T, kType, 4>(set, args...);
+    multiply_tiles<kType, 4>(set, args...);
   }
 }
-template <typename T, typename... Args>
+template <typename... Args>
 __device__ __forceinline__ void multiply_any(const SbmmSet& set, Args&&... args) {
   switch (set.task.type) {
     case DeltaType::kSparse24Int4:
-      return multiply_parts<T, DeltaType::kSparse24Int4>(set, args...);
+      return multiply_parts<DeltaType::kSparse24Int4>(set, args...);
     case DeltaType::kSparse24Int2:
-      return multiply_parts<T, DeltaType::kSparse24Int2>(set, args...);
+      return multiply_parts<DeltaType::kSparse24Int2>(set, args...);
     case DeltaType::kSparse24Ternary:
-      return multiply_parts<T, DeltaType::kSparse24Ternary>(set, args...);
+      return multiply_parts<DeltaType::kSparse24Ternary>(set, args...);
     case DeltaType::kDenseInt4:
-      return multiply_parts<T, DeltaType::kDenseInt4>(set, args...);
+      return multiply_parts<DeltaType::kDenseInt4>(set, args...);
     case DeltaType::kDenseInt8:
-      return multiply_parts<T, DeltaType::kDenseInt8>(set, args...);
-    case DeltaType::kSparse14Sign:  // comes as ternary
-      return;
+      return multiply_parts<DeltaType::kDenseInt8>(set, args...);
   }
 }
 
-template <typename T>
 __global__ void __launch_bounds__(kSbmmThreads, kCtasPerSm)
     sbmm_kernel(const __grid_constant__ SbmmLaunch params) {
   griddep_launch();
@@ -259,7 +249,7 @@ __global__ void __launch_bounds__(kSbmmThreads, kCtasPerSm)
   const SbmmSet* set = &range.set;
   const int sum_bytes = range.sum_bytes;
   for (int turn = 0; set->num_tokens > 0; set = &cta.next[++turn % 2]) {
-    multiply_any<T>(*set, params, cta, turn, sum_bytes);
+    multiply_any(*set, params, cta, turn, sum_bytes);
   }
 }
 

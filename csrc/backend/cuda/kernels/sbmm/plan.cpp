@@ -12,15 +12,14 @@ constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) {
   return (value + by - 1) / by;
 }
 
-constexpr std::int64_t kXRecordBytes = kRecordColumns * 2;
 constexpr std::int64_t x_row_bytes(std::int64_t records) {
-  return records * kXRecordBytes + kXPadBytes;
+  return x_place(static_cast<int>(records)).pitch;
 }
 
 // Pieces of at most `most` tokens, as equal as can be: x of a piece lies in shared memory.
 void cut_pieces(SbmmDeviceTask& task, std::int64_t most) {
-  // A second tile of tokens costs almost what a piece does, unless both are full.
-  if (task.num_rows > most && most < kPassTokens) most = std::min<std::int64_t>(most, kTokenTile);
+  // Tiles of tokens that are not full cost what full ones do.
+  if (task.num_rows > most && most > kTokenTile) most -= most % kTokenTile;
   const std::int64_t pieces = divide_up(task.num_rows, most);
   task.piece_tokens = static_cast<std::int32_t>(divide_up(task.num_rows, pieces));
   task.num_pieces = static_cast<std::int32_t>(divide_up(task.num_rows, task.piece_tokens));
@@ -37,10 +36,6 @@ SbmmDeviceTask describe(const SbmmTask& task) {
   const DeltaMatrix& delta = task.delta;
   const RecordLayout layout =
       record_layout(delta.type, delta.rows, delta.columns, delta.group_size);
-  // The kernel counts from a CTA's first row block in 32 bits.
-  const std::int64_t num_bytes = layout.row_blocks * layout.records * layout.record_bytes;
-  DZ_CHECK(num_bytes <= UINT32_MAX, "sbmm: a delta's matrix may have 4 GiB, got ", num_bytes,
-           " bytes");
   out.first_row = task.first_row;
   out.num_rows = task.num_rows;
   out.out_offset = static_cast<std::int32_t>(task.out_offset);
@@ -78,9 +73,9 @@ std::int32_t divide_shared(std::span<SbmmDeviceTask> tasks) {
 
 // What a record costs, in bytes read. Decoding bounds the smallest, further tokens add arithmetic.
 std::int64_t record_cost(const SbmmDeviceTask& task) {
-  constexpr std::int64_t kLeast = 1600, kSecondTile = 600;
+  constexpr std::int64_t kLeast = 1500, kMoreTiles = 300;
   return std::max<std::int64_t>(task.record_bytes, kLeast) +
-         (task.piece_tokens > kTokenTile ? kSecondTile : 0);
+         (task.piece_tokens - 1) / kTokenTile * kMoreTiles;
 }
 
 std::int64_t item_cost(const SbmmDeviceTask& task) { return task.records * record_cost(task); }

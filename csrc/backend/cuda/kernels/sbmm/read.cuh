@@ -21,6 +21,11 @@ DZ_HOST_DEVICE std::uint32_t word_at(const unsigned char* from, int index) {
   return reinterpret_cast<const std::uint32_t*>(from)[index];
 }
 
+// A signed byte of a word.
+DZ_HOST_DEVICE float byte_at(std::uint32_t word, int index) {
+  return static_cast<float>(static_cast<std::int32_t>(word << (24 - 8 * index)) >> 24);
+}
+
 // Two kept values to their columns. No indexed store, which would put v into local memory.
 DZ_HOST_DEVICE GroupValues scatter(std::uint32_t nibble, float first, float second) {
   GroupValues out;
@@ -35,68 +40,47 @@ DZ_HOST_DEVICE GroupValues scatter(std::uint32_t nibble, float first, float seco
 // Group `group` (0..31) of row `row` (0..63) of a record.
 DZ_HOST_DEVICE GroupValues read_group(const unsigned char* record, DeltaType type, int row,
                                       int group) {
+  using read_detail::byte_at;
   using read_detail::word_at;
-  const int r = row / 16, q = row % 8, r8 = row / 8 % 2, pair = r / 2;
-  const int j = group / 8, half = group / 4 % 2, p = group % 4;
-  const int lane = 4 * q + p;                         // that holds the values
-  const int index_lane = 4 * q + 2 * (j % 2) + half;  // that holds the indices
-  const int index_word = ((pair * 32 + index_lane) * 2 + r % 2) * 2 + j / 2;
-  const int index_shift = 16 * r8 + 4 * p;
-  const int a = r8 + 2 * half;  // register of mma.sp
-  switch (type) {
-    case DeltaType::kSparse24Int4: {
-      const std::uint32_t word = word_at(record, (r * 32 + lane) * 4 + j) >> (4 * int4_nibble(a));
-      return read_detail::scatter(
-          word_at(record + kRecordRows * kRecordColumns / 4, index_word) >> index_shift & 15u,
-          static_cast<float>(word & 15u) - 8.0F, static_cast<float>(word >> 16 & 15u) - 8.0F);
-    }
-    case DeltaType::kSparse24Int2: {
-      const std::uint32_t word =
-          rotate_right(word_at(record, ((pair * 32 + lane) * 2 + r % 2) * 2 + j / 2),
-                       static_cast<std::uint32_t>(2 * (j % 2 * 4 + a) + 1));
-      return read_detail::scatter(
-          word_at(record + kRecordRows * kRecordColumns / 8, index_word) >> index_shift & 15u,
-          2.0F * static_cast<float>(word & 3u) - 3.0F,
-          2.0F * static_cast<float>(word >> 16 & 3u) - 3.0F);
-    }
-    case DeltaType::kSparse24Ternary: {
-      const int e = j / 2 * 2 + r % 2, plane_bit = 16 * r8 + 4 * p + e;
-      const int planes = (pair * 32 + index_lane) * 4;
-      const std::uint32_t pa = word_at(record, planes) >> plane_bit & 1u;
-      const std::uint32_t pb = word_at(record, planes + 1) >> plane_bit & 1u;
-      const std::uint32_t pc = word_at(record, planes + 2) >> plane_bit & 1u;
-      const std::uint32_t signs =
-          (r8 == 0 ? word_at(record, (pair * 32 + lane) * 4 + 3)
-                   : word_at(record + kTernaryLowerSigns, pair * 32 + lane)) >>
-          (8 * (j % 2) + 4 * half + e);
-      const bool minus0 = (signs & 1u) != 0, minus1 = (signs >> 16 & 1u) != 0;
-      const bool single = pa == 0 && pc == 1;
-      const float first = single && minus0 != minus1 ? 0.0F : minus0 ? -1.0F : 1.0F;
-      const float second = single && minus0 == minus1 ? 0.0F : minus1 ? -1.0F : 1.0F;
-      return read_detail::scatter(pa != 0 ? 8 + pb + 4 * pc : pb != 0 ? 14 : 4, first, second);
-    }
-    case DeltaType::kDenseInt4:
-    case DeltaType::kDenseInt8: {
-      // Columns 4 group and on: lanes c = 2 (group % 2) and the next, register pair `half`'s.
-      GroupValues out;
-      const int k = group % 8 * 4;  // within the tile of 32
-      const int mma = k / 16, upper = k / 8 % 2, c = k % 8 / 2;
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * q + c + i / 2;
-        if (type == DeltaType::kDenseInt4) {
-          const std::uint32_t word = word_at(record, ((r * 4 + j) * 32 + at) * 2 + mma);
-          out.v[i] = static_cast<float>(word >> (4 * (2 * r8 + upper) + 16 * (i % 2)) & 15u) - 8.0F;
-        } else {
-          const std::uint32_t word = word_at(record, ((r * 4 + j) * 32 + at) * 4 + 2 * mma + upper);
-          out.v[i] = static_cast<float>(word >> (8 * r8 + 16 * (i % 2)) & 255u) - 128.0F;
-        }
-      }
-      return out;
-    }
-    case DeltaType::kSparse14Sign:  // comes as ternary
-      break;
+  const int r = row / 16, q = row % 8, t = row / 8 % 2, pair = r / 2;
+  if (!is_sparse24(type)) {
+    // Four columns are the bytes, or nibbles of the bytes, of one word.
+    const int half = group / 4 % 2, lane = ((r * 4 + group / 8) * 32) + 4 * q + group % 4;
+    const bool is_int4 = type == DeltaType::kDenseInt4;
+    const std::uint32_t word = is_int4 ? int4_bytes(word_at(record, lane * 2 + half), t == 1)
+                                       : word_at(record, lane * 4 + 2 * half + t);
+    const float unit = 1.0F / (is_int4 ? kInt4Unit : kInt8Unit);
+    GroupValues out;
+    for (int i = 0; i < 4; ++i) out.v[i] = byte_at(word, i) * unit;
+    return out;
   }
-  return {};
+  const int y = group / 16, h = group / 8 % 2, p = group % 8, g = p % 2, e = 2 * y + r % 2;
+  const int lane = pair * 32 + 4 * q + p / 2;            // that holds the values
+  const int index_lane = pair * 32 + 4 * q + 2 * h + t;  // that holds the indices
+  if (type == DeltaType::kSparse24Ternary) {
+    const int bit = 4 * p + e, sign_bit = 16 * h + 8 * g + 4 * t + e;
+    const std::uint32_t a = word_at(record, index_lane * 4) >> bit & 1u;
+    const std::uint32_t b = word_at(record, index_lane * 4 + 1) >> bit & 1u;
+    const std::uint32_t c = word_at(record, index_lane * 4 + 2) >> bit & 1u;
+    const bool minus0 = (word_at(record, lane * 4 + 3) >> sign_bit & 1u) != 0;
+    const bool minus1 = (word_at(record + kTernarySecondSigns, lane) >> sign_bit & 1u) != 0;
+    const bool single = a == 0 && c == 1;
+    const float first = single && minus0 != minus1 ? 0.0F : minus0 ? -1.0F : 1.0F;
+    const float second = single && minus0 == minus1 ? 0.0F : minus1 ? -1.0F : 1.0F;
+    return read_detail::scatter(a != 0 ? 8 + b + 4 * c : b != 0 ? 14 : 4, first, second);
+  }
+  constexpr int kWeights = kRecordRows * kRecordColumns;
+  const bool is_int4 = type == DeltaType::kSparse24Int4;
+  const std::uint32_t nibble =
+      word_at(record + (is_int4 ? kWeights / 4 : kWeights / 8), index_lane * 4 + e) >> (4 * p) &
+      15u;
+  const std::uint32_t word =
+      is_int4 ? int4_bytes(word_at(record, ((2 * pair + y) * 32 + lane % 32) * 4 + r % 2 * 2 + h),
+                           t == 1)
+              : take_bits(word_at(record, lane * 4 + e) << (6 - 2 * (t + 2 * h)), 0xC0C0C0C0u,
+                          0x20202020u);
+  const float unit = 1.0F / (is_int4 ? kInt4Unit : kInt2Unit);
+  return read_detail::scatter(nibble, byte_at(word, 2 * g) * unit, byte_at(word, 2 * g + 1) * unit);
 }
 
 }  // namespace deltazip::cuda

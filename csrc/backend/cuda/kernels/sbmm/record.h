@@ -4,15 +4,16 @@
 // into records of 64 rows x 128 columns, each one contiguous run [values | indices | scales];
 // the records of a row block follow each other along k, row blocks follow each other.
 //
-// Within a record: r = tile of 16 rows, j = tile of 32 columns, lane = 4q + c as mma.sp has it,
-// "pair" = two row tiles (what one warp reads). Words of 32 bits, slowest index first.
-//   sparse24_int4     values [r][lane][j], see int4_nibble(); indices [pair][lane][r][2]
-//   sparse24_int2     values [pair][lane][r][2], word i holds tiles j = 2i, 2i + 1; indices so too
-//   sparse24_ternary  [pair][lane][planes a, b, c, signs of rows q]; then, as kTernaryLowerSigns
-//                     says, [pair][lane] signs of rows q + 8; see decode.cuh
+// Within a record: r = tile of 16 rows, y = tile of 64 columns, e = 2 y + r % 2, j = tile of 32
+// columns, lane = 4q + c as mma_int8.cuh has it, "pair" = two row tiles (what one warp reads).
+// Words of 32 bits, slowest index first; codes stand so that decode.cuh has little to do.
+//   sparse24_int4     values [pair][y][lane][r % 2][h]; indices [pair][lane][e]
+//   sparse24_int2     values [pair][lane][e]; indices so too
+//   sparse24_ternary  [pair][lane][planes a, b, c, signs 0]; then, as kTernarySecondSigns says,
+//                     [pair][lane] signs 1
 //   dense_int4        values [r][j][lane][2]
 //   dense_int8        values [r][j][lane][4]
-// Index word i of a lane serves tile j = 2i + c / 2: the metadata register of both tiles is one.
+// Index word e of a lane is a metadata register: a word of the file.
 // Scales: fp16 [part][q][r][rows q, q + 8]; a record has 1, 2 or 4 parts, as groups end within it.
 
 #include <cstdint>
@@ -25,7 +26,7 @@ inline constexpr int kRecordRows = 64;
 inline constexpr int kRecordColumns = 128;
 inline constexpr int kRecordGroups = kRecordColumns / 4;  // of four columns
 inline constexpr int kScalePartBytes = kRecordRows * 2;
-inline constexpr int kTernaryLowerSigns = kRecordRows * kRecordColumns / 8;
+inline constexpr int kTernarySecondSigns = kRecordRows * kRecordColumns / 8;
 
 struct RecordLayout {
   std::int32_t values_bytes;  // where the indices begin; ternary: of everything but scales
@@ -57,8 +58,6 @@ constexpr RecordLayout record_layout(DeltaType type, std::int64_t rows, std::int
       break;
     case DeltaType::kDenseInt8:
       layout.values_bytes = kWeights;
-      break;
-    case DeltaType::kSparse14Sign:  // comes as ternary
       break;
   }
   layout.scales_offset = layout.values_bytes + layout.indices_bytes;

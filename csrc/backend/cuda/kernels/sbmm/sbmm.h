@@ -10,17 +10,16 @@
 namespace deltazip::cuda {
 
 // y[row, out_offset + n] += sum over k of x[row, k] * delta[n, k], for the rows of every task.
-// All pointers are device memory. num_ctas should be kCtasPerSm times the number of
-// multiprocessors.
+// All pointers are device memory; x is what launch_fixed_point() makes of it. num_ctas should be
+// kCtasPerSm times the number of multiprocessors.
 struct SbmmLaunch {
-  const void* x;  // [rows, x_stride]
+  const void* x;  // [rows, x_row_bytes], fixed_point.h
   void* y;        // [rows, y_stride]
   const SbmmDeviceTask* tasks;
   const SbmmCtaRange* ranges;  // [num_ctas]
-  std::int64_t x_stride, y_stride;
+  std::int64_t x_row_bytes, y_stride;
   std::int32_t num_ctas;
-  DType dtype;    // of x: fp16 or bf16
-  DType y_dtype;  // dtype or float32
+  DType y_dtype;  // fp16, bf16 or float32
 };
 
 void launch_sbmm(const SbmmLaunch& params, cudaStream_t stream);

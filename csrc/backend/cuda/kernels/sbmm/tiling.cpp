@@ -41,72 +41,67 @@ struct Rows {
   }
 };
 
-// Index words: [pair][lane][r][2], word i of lane 4 q + c for tile 2 i + c / 2, half c % 2.
+// A record's words of one lane or row each, by their places (record.h): tile e = 2 y + r of a pair
+// of row tiles, half h of its columns is the file's block 2 y + h, rows q + 8 t.
+template <typename Body>
+void for_each_block(const Body& body) {
+  for (int pair = 0; pair < 2; ++pair) {
+    for (int r = 0; r < 2; ++r) {
+      for (int q = 0; q < 8; ++q) {
+        for (int block = 0; block < kTiles; ++block) body(pair, r, q, block / 2, block % 2);
+      }
+    }
+  }
+}
+constexpr int row_of(int pair, int r, int q, int t) { return 32 * pair + 16 * r + 8 * t + q; }
+
 void put_indices(std::uint8_t* out, const Rows& rows) {
-  for (int r = 0; r < 4; ++r) {
-    for (int q = 0; q < 8; ++q) {
-      for (int i = 0; i < 2; ++i) {
-        for (int s = 0; s < 2; ++s) {
-          const std::uint32_t low = rows.index(16 * r + q, 2 * i + s);
-          const std::uint32_t high = rows.index(16 * r + q + 8, 2 * i + s);
-          std::uint8_t* word = out + 4 * (((r / 2 * 32 + 4 * q + 2 * s) * 2 + r % 2) * 2 + i);
-          store(word, (low & 0xFFFFu) | high << 16);
-          store(word + 16, low >> 16 | (high & 0xFFFF0000u));
-        }
-      }
+  for_each_block([&](int pair, int r, int q, int y, int h) {
+    for (int t = 0; t < 2; ++t) {
+      const int lane = pair * 32 + 4 * q + 2 * h + t;
+      store(out + 4 * (lane * 4 + 2 * y + r), rows.index(row_of(pair, r, q, t), 2 * y + h));
     }
-  }
+  });
 }
 
-// Nibble i of each group's byte, of groups c and c + 4 of a tile: byte c is (group c) | (c + 4)
-// << 4.
-std::uint32_t pair_nibbles(std::uint64_t row, int high) {
-  const std::uint64_t nibbles = row >> (4 * high) & 0x0F0F0F0F0F0F0F0FULL;
-  return static_cast<std::uint32_t>(nibbles) | static_cast<std::uint32_t>(nibbles >> 32) << 4;
+// Nibble i of v to byte i.
+constexpr std::uint32_t spread_nibbles(std::uint32_t v) {
+  return (v & 0xFu) | (v & 0xF0u) << 4 | (v & 0xF00u) << 8 | (v & 0xF000u) << 12;
 }
 
+// A lane has two groups of each block, four codes.
 void put_int4(std::uint8_t* out, const Rows& rows) {
-  for (int r = 0; r < 4; ++r) {
-    for (int q = 0; q < 8; ++q) {
-      for (int j = 0; j < kTiles; ++j) {
-        const auto upper = load<std::uint64_t>(rows.value(16 * r + q, j));
-        const auto lower = load<std::uint64_t>(rows.value(16 * r + q + 8, j));
-        const std::array<std::uint32_t, 4> parts{pair_nibbles(upper, 0), pair_nibbles(lower, 0),
-                                                 pair_nibbles(upper, 1), pair_nibbles(lower, 1)};
-        for (int c = 0; c < 4; ++c) {
-          std::uint32_t word = 0;
-          for (unsigned p = 0; p < 4; ++p) word |= (parts[p] >> (8 * c) & 0xFFu) << (8 * p);
-          store(out + 4 * ((r * 32 + 4 * q + c) * 4 + j), word);
-        }
-      }
+  for_each_block([&](int pair, int r, int q, int y, int h) {
+    const std::uint8_t* upper = rows.value(row_of(pair, r, q, 0), 2 * y + h);
+    const std::uint8_t* lower = rows.value(row_of(pair, r, q, 1), 2 * y + h);
+    for (int c = 0; c < 4; ++c) {
+      const std::uint32_t word = spread_nibbles(load<std::uint16_t>(upper + 2 * c)) |
+                                 spread_nibbles(load<std::uint16_t>(lower + 2 * c)) << 4;
+      store(out + 4 * (((2 * pair + y) * 32 + 4 * q + c) * 4 + 2 * r + h), word ^ 0x88888888u);
     }
-  }
+  });
 }
 
-// The codes of a tile's groups c and c + 4 in rows q and q + 8, as four fields of two bits:
-// `shift` 0 takes the first kept, 2 the second.
-std::uint32_t int2_fields(std::uint32_t upper, std::uint32_t lower, int c, int shift) {
-  const int low = 4 * c + shift, high = low + 16;
-  return (upper >> low & 3u) | (lower >> low & 3u) << 2 | (upper >> high & 3u) << 4 |
-         (lower >> high & 3u) << 6;
+// Bits 2 i of v to byte i.
+constexpr std::uint32_t spread_fields(std::uint32_t v) {
+  return (v & 3u) | (v & 0xCu) << 6 | (v & 0x30u) << 12 | (v & 0xC0u) << 18;
 }
 
 void put_int2(std::uint8_t* out, const Rows& rows) {
-  for (int r = 0; r < 4; ++r) {
-    for (int q = 0; q < 8; ++q) {
-      for (int i = 0; i < 2; ++i) {
-        std::uint32_t upper[2], lower[2];
-        for (int t = 0; t < 2; ++t) {
-          upper[t] = load<std::uint32_t>(rows.value(16 * r + q, 2 * i + t));
-          lower[t] = load<std::uint32_t>(rows.value(16 * r + q + 8, 2 * i + t));
-        }
-        for (int c = 0; c < 4; ++c) {
-          std::uint32_t word = 0;
-          for (int t = 0; t < 2; ++t) {
-            word |= int2_fields(upper[t], lower[t], c, 0) << (8 * t);
-            word |= int2_fields(upper[t], lower[t], c, 2) << (8 * t + 16);
+  for (int pair = 0; pair < 2; ++pair) {
+    for (int r = 0; r < 2; ++r) {
+      for (int q = 0; q < 8; ++q) {
+        for (int y = 0; y < 2; ++y) {
+          std::uint32_t words[4] = {};
+          for (int h = 0; h < 2; ++h) {
+            for (int t = 0; t < 2; ++t) {
+              const std::uint8_t* codes = rows.value(row_of(pair, r, q, t), 2 * y + h);
+              for (int c = 0; c < 4; ++c) words[c] |= spread_fields(codes[c]) << (2 * (t + 2 * h));
+            }
           }
-          store(out + 4 * (((r / 2 * 32 + 4 * q + c) * 2 + r % 2) * 2 + i), word << 1 | word >> 31);
+          for (int c = 0; c < 4; ++c) {
+            store(out + 4 * ((pair * 32 + 4 * q + c) * 4 + 2 * y + r), words[c] ^ 0xAAAAAAAAu);
+          }
         }
       }
     }
@@ -149,49 +144,47 @@ std::array<std::uint64_t, 1024> make_ternary_table() {
 }
 
 // Bit p to bit 4 p.
-constexpr std::uint32_t spread_nibble(std::uint32_t v) {
-  return (v & 1u) | (v & 2u) << 3 | (v & 4u) << 6 | (v & 8u) << 9;
+constexpr std::uint32_t spread_bits(std::uint32_t v) {
+  v = (v | v << 12) & 0x000F000Fu;
+  v = (v | v << 6) & 0x03030303u;
+  return (v | v << 3) & 0x11111111u;
 }
 
 // See decode.cuh for the places of the bits.
 void put_ternary(std::uint8_t* out, const Rows& rows) {
   static const std::array<std::uint64_t, 1024> kTable = make_ternary_table();
-  for (int pair = 0; pair < 2; ++pair) {
-    std::uint32_t words[32][5] = {};  // of a lane: planes a, b, c, signs of rows q, of rows q + 8
-    for (int row = 0; row < 32; ++row) {
-      const int r = row / 16, r8 = row / 8 % 2, q = row % 8;
-      for (int j = 0; j < kTiles; ++j) {
-        const std::uint8_t* from = rows.value(32 * pair + row, j);
-        const std::uint64_t codes = load<std::uint32_t>(from) | static_cast<std::uint64_t>(from[4])
-                                                                    << 32;
-        std::uint64_t bytes = 0;  // bit 4 h + p of a plane's byte
-        for (unsigned i = 0; i < 4; ++i) bytes |= kTable[codes >> (10 * i) & 1023u] << (2 * i);
-        const int s = j % 2, e = j / 2 * 2 + r;
-        for (int h = 0; h < 2; ++h) {
-          std::uint32_t* lanes = words[4 * q + 2 * s + h];
-          for (int plane = 0; plane < 3; ++plane) {
-            const auto groups = static_cast<std::uint32_t>(bytes >> (8 * plane + 4 * h) & 15u);
-            lanes[plane] |= spread_nibble(groups) << (16 * r8 + e);
-          }
-          for (int p = 0; p < 4; ++p) {
-            const auto signs = static_cast<std::uint32_t>(bytes >> (24 + 4 * h + p));
-            words[4 * q + p][3 + r8] |= ((signs & 1u) | (signs >> 8 & 1u) << 16)
-                                        << (8 * s + 4 * h + e);
-          }
+  std::uint32_t words[2][32][5] = {};  // of a lane: planes a, b, c, signs 0, signs 1
+  for_each_block([&](int pair, int r, int q, int y, int h) {
+    const int e = 2 * y + r;
+    for (int t = 0; t < 2; ++t) {
+      const std::uint8_t* from = rows.value(row_of(pair, r, q, t), 2 * y + h);
+      const std::uint64_t codes = load<std::uint32_t>(from) | static_cast<std::uint64_t>(from[4])
+                                                                  << 32;
+      std::uint64_t bytes = 0;  // a byte a plane, a bit a group
+      for (unsigned i = 0; i < 4; ++i) bytes |= kTable[codes >> (10 * i) & 1023u] << (2 * i);
+      for (int plane = 0; plane < 3; ++plane) {
+        const auto groups = static_cast<std::uint32_t>(bytes >> (8 * plane) & 255u);
+        words[pair][4 * q + 2 * h + t][plane] |= spread_bits(groups) << e;
+      }
+      for (int sign = 0; sign < 2; ++sign) {
+        const auto groups = static_cast<std::uint32_t>(bytes >> (24 + 8 * sign) & 255u);
+        for (int c = 0; c < 4; ++c) {
+          const std::uint32_t two = groups >> (2 * c);
+          words[pair][4 * q + c][3 + sign] |= ((two & 1u) | (two & 2u) << 7)
+                                              << (16 * h + 4 * t + e);
         }
       }
     }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        store(out + 4 * ((pair * 32 + lane) * 4 + i), words[lane][i]);
-      }
-      store(out + kTernaryLowerSigns + 4 * (pair * 32 + lane), words[lane][4]);
-    }
+  });
+  for (int lane = 0; lane < 64; ++lane) {
+    const auto& from = words[lane / 32][lane % 32];
+    for (int i = 0; i < 4; ++i) store(out + 4 * (lane * 4 + i), from[i]);
+    store(out + kTernarySecondSigns + 4 * lane, from[4]);
   }
 }
 
-// A lane of tile (r, j) holds rows q and q + 8, columns 2 c, 2 c + 1 and those 8, 16, 24 further:
-// the registers of two dense 16x8x16 products.
+// A lane of tile (r, j) holds rows q and q + 8, columns 4 c .. + 3 and those 16 further: the
+// registers of a dense 16x8x32 product.
 void put_dense(std::uint8_t* out, const Rows& rows, bool is_int4) {
   for (int r = 0; r < 4; ++r) {
     for (int j = 0; j < kTiles; ++j) {
@@ -199,27 +192,17 @@ void put_dense(std::uint8_t* out, const Rows& rows, bool is_int4) {
         const int q = lane / 4, c = lane % 4;
         const std::uint8_t* upper = rows.value(16 * r + q, j);
         const std::uint8_t* lower = rows.value(16 * r + q + 8, j);
+        const int at = (r * kTiles + j) * 32 + lane;
         for (int half = 0; half < 2; ++half) {
-          const int column = 16 * half + 2 * c;
+          const int column = 16 * half + 4 * c;
           if (is_int4) {
-            // Byte i of the file is columns 2 i and 2 i + 1: registers a[0..3] in the nibbles of
-            // int4_nibble().
-            const int at = column / 2;
-            const std::array<std::uint32_t, 4> a{upper[at], upper[at + 4], lower[at],
-                                                 lower[at + 4]};
-            std::uint32_t word = 0;
-            for (unsigned i = 0; i < 4; ++i) {
-              word |= (a[i] & 15u) << (4 * i) | (a[i] >> 4) << (4 * i + 16);
-            }
-            store(out + 4 * (((r * kTiles + j) * 32 + lane) * 2 + half), word);
+            const std::uint32_t word = spread_nibbles(load<std::uint16_t>(upper + column / 2)) |
+                                       spread_nibbles(load<std::uint16_t>(lower + column / 2)) << 4;
+            store(out + 4 * (at * 2 + half), word ^ 0x88888888u);
           } else {
-            for (int i = 0; i < 2; ++i) {
-              const int at = column + 8 * i;
-              const std::uint32_t word = upper[at] | static_cast<std::uint32_t>(lower[at]) << 8 |
-                                         static_cast<std::uint32_t>(upper[at + 1]) << 16 |
-                                         static_cast<std::uint32_t>(lower[at + 1]) << 24;
-              store(out + 4 * (((r * kTiles + j) * 32 + lane) * 4 + 2 * half + i), word);
-            }
+            store(out + 4 * (at * 4 + 2 * half), load<std::uint32_t>(upper + column) ^ 0x80808080u);
+            store(out + 4 * (at * 4 + 2 * half + 1),
+                  load<std::uint32_t>(lower + column) ^ 0x80808080u);
           }
         }
       }
@@ -240,8 +223,6 @@ void put_record(std::uint8_t* out, DeltaType type, const RecordLayout& layout, c
     case DeltaType::kDenseInt4:
     case DeltaType::kDenseInt8:
       return put_dense(out, rows, type == DeltaType::kDenseInt4);
-    case DeltaType::kSparse14Sign:  // comes as ternary
-      return;
   }
 }
 
