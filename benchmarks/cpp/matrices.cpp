@@ -45,15 +45,12 @@ Buffer random_delta(Bench& bench, DeltaType type, const BenchShape& shape) {
   const std::int64_t blocks = (shape.columns + 31) / 32;
   const std::int64_t group = bench.options().group_size;
   const std::int64_t groups = (shape.columns + group - 1) / group;
-  constexpr std::int64_t kBlockBytes[] = {8, 4, 5, 16, 32};
   const auto bytes_of = [](std::int64_t count) {
     return std::vector<std::byte>(static_cast<std::size_t>(count));
   };
-  std::vector<std::byte> values =
-      bytes_of(shape.rows * blocks * kBlockBytes[static_cast<std::size_t>(type)]);
+  std::vector<std::byte> values = bytes_of(shape.rows * blocks * delta_block_bytes(type));
   for (std::byte& byte : values) byte = static_cast<std::byte>(rng());
-  std::vector<std::byte> indices = bytes_of(
-      is_sparse24(type) && type != DeltaType::kSparse24Ternary ? shape.rows * blocks * 4 : 0);
+  std::vector<std::byte> indices = bytes_of(has_indices(type) ? shape.rows * blocks * 4 : 0);
   constexpr unsigned kPairs[] = {0x4, 0x8, 0xC, 0x9, 0xD, 0xE};
   for (std::byte& byte : indices) {
     byte = static_cast<std::byte>(kPairs[rng() % 6] | kPairs[rng() % 6] << 4);
@@ -100,8 +97,9 @@ Deltas random_deltas(Bench& bench, const std::string& format, const BenchShape& 
   const auto type = delta_type_from_name(format);
   DZ_CHECK(type.has_value(), "--format: unknown format '", format, "'");
   Deltas deltas;
-  deltas.matrix = {nullptr, *type, static_cast<std::int32_t>(bench.options().group_size),
-                   shape.rows, shape.columns};
+  deltas.matrix = {nullptr, bench.backend().tiled_type(*type),
+                   static_cast<std::int32_t>(bench.options().group_size), shape.rows,
+                   shape.columns};
   deltas.buffers.push_back(random_delta(bench, *type, shape));
   const std::size_t bytes = deltas.buffers[0].num_bytes();
   const std::vector<std::int64_t>& wanted = bench.options().deltas;

@@ -20,7 +20,7 @@ constexpr const char* kUsage = R"(deltazip-bench-ops: microseconds, GB/s and GFL
   --context C,...   keys of each sequence of attention                (64,256,1024)
   --heads Q/KxD     query heads, KV heads, head size                  (9/3x64)
   --vocab V         logits of a row                                   (49152)
-  --format F,...    sparse24_int4 sparse24_int2 sparse24_ternary dense_int4 dense_int8
+  --format F,...    sparse24_int4 sparse24_int2 sparse24_ternary sparse14_sign dense_int4 dense_int8
   --dtype T         of base weights: bfloat16 float16 float32         (bfloat16)
   --group-size G    of deltas                                         (128)
   --device D        cpu, cuda, cuda:N                                 (cpu)

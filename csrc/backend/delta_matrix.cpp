@@ -12,6 +12,7 @@ constexpr std::array kNames{
     std::pair{DeltaType::kSparse24Int4, std::string_view("sparse24_int4")},
     std::pair{DeltaType::kSparse24Int2, std::string_view("sparse24_int2")},
     std::pair{DeltaType::kSparse24Ternary, std::string_view("sparse24_ternary")},
+    std::pair{DeltaType::kSparse14Sign, std::string_view("sparse14_sign")},
     std::pair{DeltaType::kDenseInt4, std::string_view("dense_int4")},
     std::pair{DeltaType::kDenseInt8, std::string_view("dense_int8")},
 };
@@ -73,6 +74,8 @@ std::int64_t delta_block_bytes(DeltaType type) {
       return 4;
     case DeltaType::kSparse24Ternary:
       return 5;
+    case DeltaType::kSparse14Sign:
+      return 3;
     case DeltaType::kDenseInt4:
       return 16;
     case DeltaType::kDenseInt8:

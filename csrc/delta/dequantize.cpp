@@ -18,20 +18,21 @@ unsigned nibble_at(Bytes row, std::size_t index) {
   return (byte_at(row, index / 2) >> (4 * (index % 2))) & 15u;
 }
 
-unsigned ternary_code_at(Bytes row, std::size_t group) {
+unsigned code_at(Bytes row, std::size_t group, std::size_t num_bits) {
   unsigned code = 0;
-  for (std::size_t bit = 0; bit < 5; ++bit) {
-    const std::size_t position = 5 * group + bit;
+  for (std::size_t bit = 0; bit < num_bits; ++bit) {
+    const std::size_t position = num_bits * group + bit;
     code |= ((byte_at(row, position / 8) >> (position % 8)) & 1u) << bit;
   }
   return code;
 }
 
-// The four values of a 2:4 group, not yet scaled.
+// The four values of a sparse group, not yet scaled.
 std::array<float, 4> group_values(DeltaType type, Bytes values, Bytes indices, std::size_t group) {
   std::array<float, 4> out{};
-  if (type == DeltaType::kSparse24Ternary) {
-    const TernaryState& state = ternary_states()[ternary_code_at(values, group)];
+  if (has_states(type)) {
+    const std::size_t num_bits = type == DeltaType::kSparse24Ternary ? 5 : 3;
+    const TernaryState& state = ternary_states()[code_at(values, group, num_bits)];
     out[state.index0] = state.value0;
     out[state.index1] = state.value1;
     return out;
@@ -68,7 +69,7 @@ void dequantize_row(const DeltaSource& source, std::int64_t row, std::span<float
   const auto group_size = static_cast<std::size_t>(source.group_size);
   for (std::size_t column = 0; column < out.size(); ++column) {
     float value = 0;
-    if (is_sparse24(source.type)) {
+    if (is_sparse(source.type)) {
       value = group_values(source.type, values, indices, column / 4)[column % 4];
     } else if (source.type == DeltaType::kDenseInt4) {
       value = static_cast<float>(nibble_at(values, column)) - 8;

@@ -51,8 +51,8 @@ DeltaLayout make_layout(const Backend& backend, const DeltaFile& file, std::int3
     part.num_bytes = part_bytes(backend, tensor);
     if (tensor.kind == DeltaKind::kReplaced) part.num_elements = tensor.shape.num_elements();
     if (tensor.kind == DeltaKind::kMatrix) {
-      part.matrix = {nullptr, tensor.matrix.type, tensor.matrix.group_size, tensor.matrix.rows,
-                     tensor.matrix.columns};
+      part.matrix = {nullptr, backend.tiled_type(tensor.matrix.type), tensor.matrix.group_size,
+                     tensor.matrix.rows, tensor.matrix.columns};
     }
     layout.parts.push_back(std::move(part));
   }

@@ -99,7 +99,7 @@ Manifest::Tensor read_tensor(const std::string& name, const Json& entry, bool is
   const auto delta_type = delta_type_from_name(type_text);
   DZ_CHECK(delta_type.has_value(), at, "unknown type '", printable(type_text, 60),
            "', this version reads unchanged, replaced, sparse24_int4, sparse24_int2, "
-           "sparse24_ternary, dense_int4 and dense_int8");
+           "sparse24_ternary, sparse14_sign, dense_int4 and dense_int8");
   tensor.kind = DeltaKind::kMatrix;
   tensor.type = *delta_type;
   DZ_CHECK(tensor.shape.rank() == 2 && tensor.shape[0] > 0 && tensor.shape[1] > 0, at, type_text,
@@ -162,9 +162,8 @@ std::vector<StoredTensor> stored_tensors(const Manifest::Tensor& tensor) {
   const std::int64_t rows = tensor.shape[0], columns = tensor.shape[1];
   const std::int64_t num_blocks = (columns + kDeltaBlockColumns - 1) / kDeltaBlockColumns;
   const std::int64_t num_groups = (columns - 1) / tensor.group_size + 1;
-  const bool is_ternary = tensor.type == DeltaType::kSparse24Ternary;
   std::vector<StoredTensor> stored{{Role::kValues,
-                                    tensor.name + (is_ternary ? ".codes" : ".values"),
+                                    tensor.name + (has_states(tensor.type) ? ".codes" : ".values"),
                                     Shape({rows, num_blocks * delta_block_bytes(tensor.type)})}};
   if (has_indices(tensor.type)) {
     stored.push_back({Role::kIndices, tensor.name + ".indices", Shape({rows, num_blocks * 4})});

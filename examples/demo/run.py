@@ -164,7 +164,7 @@ def print_timings() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--cache", type=Path, default=Path(".demo"), help="folder of the models")
-    parser.add_argument("--format", default="ternary", choices=["int4", "int2", "ternary"])
+    parser.add_argument("--format", default="ternary", choices=["int4", "int2", "ternary", "sign"])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--keep", action="store_true", help="leave the server running")
     options = parser.parse_args()

@@ -29,6 +29,7 @@ MATRICES = {
     "model.layers.1.self_attn.q_proj.weight": ("sparse24_ternary", 9, 130, 64),
     "model.layers.1.mlp.up_proj.weight": ("dense_int8", 3, 33, 32),
     "model.layers.1.mlp.down_proj.weight": ("sparse24_int4", 2, 30, 64),
+    "model.layers.1.mlp.gate_proj.weight": ("sparse14_sign", 5, 70, 32),
 }
 REPLACED = {
     "model.layers.0.input_layernorm.weight": "bfloat16",
@@ -62,6 +63,11 @@ def make_row(
     values = [0] * padded
     indices, codes = [], []
     for group in range(padded // 4):
+        if kind == "sparse14_sign":
+            code = int(rng.integers(0, 8))
+            codes.append(code)
+            values[4 * group + code // 2] = 1 if code % 2 == 0 else -1
+            continue
         if kind == "sparse24_ternary":
             code = int(rng.integers(0, 32))
             codes.append(code)
@@ -81,8 +87,8 @@ def make_row(
         codes += pair
         for place, code in zip((first, second), pair, strict=True):
             values[4 * group + place] = code - 8 if levels == 16 else 2 * code - 3
-    if kind == "sparse24_ternary":
-        return {"codes": pack_bits(codes, 5)}, values[:columns]
+    if kind in ("sparse24_ternary", "sparse14_sign"):
+        return {"codes": pack_bits(codes, 5 if kind == "sparse24_ternary" else 3)}, values[:columns]
     bits = 4 if kind == "sparse24_int4" else 2
     return {"values": pack_bits(codes, bits), "indices": pack_bits(indices, 4)}, values[:columns]
 

@@ -79,11 +79,13 @@ def quantize(delta: FloatArray, type_: DeltaType, group_size: int) -> QuantizedM
     kept = None
     if type_.is_sparse:
         fours = padded.reshape(rows, -1, 4)
-        places = np.sort(np.argsort(-np.abs(fours), axis=2, kind="stable")[:, :, :2], axis=2)
+        count = 1 if type_ is DeltaType.SPARSE14_SIGN else 2
+        places = np.argsort(-np.abs(fours), axis=2, kind="stable")[:, :, :2]
+        places = np.sort(places[:, :, :count], axis=2)
         keep = np.zeros(fours.shape, bool)
         np.put_along_axis(keep, places, True, axis=2)
         padded = np.where(keep, fours, 0.0).reshape(rows, width)
-        first, second = places[:, :, 0], places[:, :, 1]
+        first, second = places[:, :, 0], places[:, :, -1]
         kept = (first * (5 - first) // 2 + second - 1).astype(np.uint8)  # the index into PAIRS
         mask = keep.reshape(rows, width)
     else:
@@ -93,19 +95,21 @@ def quantize(delta: FloatArray, type_: DeltaType, group_size: int) -> QuantizedM
         DeltaType.SPARSE24_INT4: 7.0,
         DeltaType.SPARSE24_INT2: 3.0,
         DeltaType.SPARSE24_TERNARY: 1.5,
+        DeltaType.SPARSE14_SIGN: 1.5,
         DeltaType.DENSE_INT4: 7.0,
         DeltaType.DENSE_INT8: 127.0,
     }[type_]
     scales = np.maximum(np.abs(grouped).max(axis=2) / top, 1e-6).astype(np.float16)
     steps = padded / np.repeat(scales.astype(np.float32), group_size, axis=1)
-    if type_ is DeltaType.SPARSE24_TERNARY:
+    if type_ in (DeltaType.SPARSE24_TERNARY, DeltaType.SPARSE14_SIGN):
         values = np.where(steps < 0, -1, 1)
     elif type_ is DeltaType.SPARSE24_INT2:
         values = np.clip(2 * np.round((steps - 1) / 2) + 1, -3, 3)
     else:
         values = np.clip(np.round(steps), -top - 1, top)
     whole = np.where(mask, values, 0).astype(np.int8)[:, :columns]
-    if kept is not None and type_ is not DeltaType.SPARSE24_TERNARY:
+    if type_ in (DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2):
+        assert kept is not None
         return QuantizedMatrix(type_, whole, scales, group_size, kept[:, : -(-columns // 4)])
     return QuantizedMatrix(type_, whole, scales, group_size)
 

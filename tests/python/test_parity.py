@@ -144,7 +144,9 @@ def test_real_logits(name: str, test_models: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_", ["sparse24_int4", "sparse24_int2", "sparse24_ternary"])
+@pytest.mark.parametrize(
+    "type_", ["sparse24_int4", "sparse24_int2", "sparse24_ternary", "sparse14_sign"]
+)
 def test_real_variant_logits(type_: str, test_models: Path, tmp_path: Path) -> None:
     base, delta_type = test_models / "base", reference.DeltaType(type_)
     reference.make_delta(base, test_models / "math", tmp_path, [delta_type])

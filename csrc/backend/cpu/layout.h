@@ -42,17 +42,22 @@ constexpr std::int64_t weight_row_place(DType dtype, std::int64_t row) {
 //                   one table of sums: words [block][panel][16] (low 4 bits of 8 codes), then
 //                   masks [block][panel][8] of 16 bits (bit 4 of each row's code), then scales
 //                   [group][panel][16]
+//   sparse14_sign   the same order, a row's 8 codes of 3 bits being 24: half words
+//   [block][panel][16]
+//                   (low 16 bits), then bytes [block][panel][16] (the upper 8), then scales
 constexpr std::int64_t kDeltaPanelRows = 16;
 constexpr std::int64_t kWordRowBytes = 64;   // one 32-bit word for each row of a panel
-constexpr std::int64_t kMaskRowBytes = 16;   // eight 16-bit masks
+constexpr std::int64_t kHalfRowBytes = 32;   // the same of 16 bits
+constexpr std::int64_t kMaskRowBytes = 16;   // eight 16-bit masks, or a byte for each row
 constexpr std::int64_t kScaleRowBytes = 32;  // one fp16 for each row of a panel
 
 struct DeltaLayout {
   std::int64_t num_panels, num_blocks, num_groups, blocks_per_group;
   std::int64_t scale_bytes;                  // before a panel's blocks
   std::int64_t block_bytes;                  // of one panel
-  std::int64_t panel_bytes;                  // 0 for ternary
-  std::int64_t masks_offset, scales_offset;  // ternary
+  std::int64_t panel_bytes;                  // 0 for ternary and sign
+  std::int64_t cell_bytes;                   // ternary and sign: a row of words or half words
+  std::int64_t masks_offset, scales_offset;  // ternary and sign: of masks or upper bytes
   std::int64_t total_bytes;
 };
 
@@ -63,9 +68,10 @@ constexpr DeltaLayout delta_layout(DeltaType type, std::int64_t rows, std::int64
   layout.num_blocks = divide_up(columns, kDeltaBlockColumns);
   layout.num_groups = divide_up(columns, group_size);
   layout.blocks_per_group = group_size / kDeltaBlockColumns;
-  if (type == DeltaType::kSparse24Ternary) {
+  if (has_states(type)) {
     const std::int64_t cells = layout.num_blocks * layout.num_panels;
-    layout.masks_offset = cells * kWordRowBytes;
+    layout.cell_bytes = type == DeltaType::kSparse24Ternary ? kWordRowBytes : kHalfRowBytes;
+    layout.masks_offset = cells * layout.cell_bytes;
     layout.scales_offset = layout.masks_offset + cells * kMaskRowBytes;
     layout.total_bytes =
         layout.scales_offset + layout.num_groups * layout.num_panels * kScaleRowBytes;

@@ -52,9 +52,10 @@ class SourceRow {
   std::uint32_t indices_word(std::int64_t block) const {
     return read_word(source_.indices, (row_ * blocks_ + block) * 4);
   }
-  std::uint64_t ternary_codes(std::int64_t block) const {  // 8 codes of 5 bits
+  std::uint64_t codes(std::int64_t block, std::int64_t num_bits) const {  // 8 codes of so many
     std::uint64_t codes = 0;
-    std::memcpy(&codes, source_.values.data() + (row_ * blocks_ + block) * 5, 5);
+    std::memcpy(&codes, source_.values.data() + (row_ * blocks_ + block) * num_bits,
+                static_cast<std::size_t>(num_bits));
     return codes;
   }
   std::uint8_t byte(std::int64_t column) const {
@@ -86,7 +87,7 @@ void tile_row(char* data, const DeltaLayout& layout, const DeltaSource& source, 
         put_word(block + kWordRowBytes, lane, from.indices_word(b));
         break;
       case DeltaType::kSparse24Ternary: {
-        const std::uint64_t codes = from.ternary_codes(b);
+        const std::uint64_t codes = from.codes(b, 5);
         const std::int64_t cell = b * layout.num_panels + panel;
         std::uint32_t word = 0;
         for (int g = 0; g < 8; ++g) {
@@ -98,6 +99,14 @@ void tile_row(char* data, const DeltaLayout& layout, const DeltaSource& source, 
           }
         }
         put_word(data + cell * kWordRowBytes, lane, word);
+        break;
+      }
+      case DeltaType::kSparse14Sign: {
+        const std::uint64_t codes = from.codes(b, 3);
+        const std::int64_t cell = b * layout.num_panels + panel;
+        const auto low = static_cast<std::uint16_t>(codes);
+        std::memcpy(data + cell * kHalfRowBytes + 2 * lane, &low, sizeof(low));
+        data[layout.masks_offset + cell * kMaskRowBytes + lane] = static_cast<char>(codes >> 16);
         break;
       }
       case DeltaType::kDenseInt4:
@@ -119,10 +128,9 @@ void tile_row(char* data, const DeltaLayout& layout, const DeltaSource& source, 
 std::int64_t scale_offset(const DeltaLayout& layout, DeltaType type, std::int64_t row,
                           std::int64_t group) {
   const std::int64_t panel = row / kDeltaPanelRows, lane = row % kDeltaPanelRows;
-  return type == DeltaType::kSparse24Ternary
-             ? layout.scales_offset + (group * layout.num_panels + panel) * kScaleRowBytes +
-                   2 * lane
-             : panel * layout.panel_bytes + group * kScaleRowBytes + 2 * lane;
+  return has_states(type) ? layout.scales_offset +
+                                (group * layout.num_panels + panel) * kScaleRowBytes + 2 * lane
+                          : panel * layout.panel_bytes + group * kScaleRowBytes + 2 * lane;
 }
 
 }  // namespace
@@ -229,6 +237,19 @@ void add_delta_row(float* out, const DeltaMatrix& delta, std::int64_t row) {
           const TernaryState& state = ternary_states()[code];
           values[4 * g + state.index0] += static_cast<float>(state.value0);
           values[4 * g + state.index1] += static_cast<float>(state.value1);
+        }
+        break;
+      }
+      case DeltaType::kSparse14Sign: {
+        const std::int64_t cell = b * layout.num_panels + panel;
+        std::uint16_t low;
+        std::memcpy(&low, data + cell * kHalfRowBytes + 2 * lane, sizeof(low));
+        const auto high =
+            static_cast<unsigned char>(data[layout.masks_offset + cell * kMaskRowBytes + lane]);
+        const unsigned codes = low | static_cast<unsigned>(high) << 16;
+        for (unsigned g = 0; g < 8; ++g) {
+          const unsigned code = (codes >> (3 * g)) & 7u;
+          values[4 * g + code / 2] = code % 2 == 0 ? 1.0F : -1.0F;
         }
         break;
       }

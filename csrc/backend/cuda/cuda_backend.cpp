@@ -13,6 +13,7 @@
 #include "backend/cuda/kernels/device/probe.h"
 #include "backend/cuda/kernels/sbmm/tiling.h"
 #include "backend/cuda/step_graph.h"
+#include "backend/ternary_from_sign.h"
 #include "deltazip/backend/backend.h"
 
 namespace deltazip::cuda {
@@ -333,10 +334,19 @@ class CudaBackend final : public Backend {
   }
   std::size_t tiled_bytes(DeltaType type, std::int64_t rows, std::int64_t columns,
                           std::int32_t group_size) const override {
-    return tiled_delta_bytes(type, rows, columns, group_size);
+    return tiled_delta_bytes(tiled_type(type), rows, columns, group_size);
+  }
+  // One kernel serves both: a sign's states are among ternary's.
+  DeltaType tiled_type(DeltaType type) const override {
+    return type == DeltaType::kSparse14Sign ? DeltaType::kSparse24Ternary : type;
   }
   void tile_delta(void* host, const DeltaSource& source) const override {
-    cuda::tile_delta(host, source);
+    if (source.type != DeltaType::kSparse14Sign) return cuda::tile_delta(host, source);
+    const std::vector<std::byte> codes = ternary_from_sign(source);
+    DeltaSource wide = source;
+    wide.type = DeltaType::kSparse24Ternary;
+    wide.values = codes;
+    cuda::tile_delta(host, wide);
   }
 
  private:

@@ -124,7 +124,9 @@ class Backend {
   virtual std::size_t packed_bytes(DType dtype, std::int64_t rows, std::int64_t columns) const = 0;
   virtual void pack_weight(void* device, ConstTensorView host, Stream& stream) = 0;
 
-  // Deltas: the one re-tiling between file and kernel, host to host.
+  // Deltas: the one re-tiling between file and kernel, host to host. Where no kernel reads `type`,
+  // a matrix becomes one of another type that holds the same values: that is DeltaMatrix's.
+  virtual DeltaType tiled_type(DeltaType type) const { return type; }
   virtual std::size_t tiled_bytes(DeltaType type, std::int64_t rows, std::int64_t columns,
                                   std::int32_t group_size) const = 0;
   virtual void tile_delta(void* host, const DeltaSource& source) const = 0;

@@ -11,14 +11,22 @@ namespace deltazip {
 enum class DeltaType : std::uint8_t {
   kSparse24Int4,     // "sparse24_int4": two of four kept, value code - 8, code 0..15
   kSparse24Int2,     // "sparse24_int2": two of four kept, value 2 * code - 3, that is -3 -1 1 3
-  kSparse24Ternary,  // "sparse24_ternary": one of 32 states per four, see kTernaryStates
+  kSparse24Ternary,  // "sparse24_ternary": one of 32 states per four, see ternary_states()
   kDenseInt4,        // "dense_int4": value code - 8
   kDenseInt8,        // "dense_int8": value code - 128
+  kSparse14Sign,     // "sparse14_sign": one of four kept, -1 or +1: ternary's first eight states
 };
 
 std::string_view name(DeltaType type);
 std::optional<DeltaType> delta_type_from_name(std::string_view name);
 constexpr bool is_sparse24(DeltaType type) { return type <= DeltaType::kSparse24Ternary; }
+constexpr bool is_sparse(DeltaType type) {
+  return is_sparse24(type) || type == DeltaType::kSparse14Sign;
+}
+// One code for each group of four, which the file calls `codes`; other types have `values`.
+constexpr bool has_states(DeltaType type) {
+  return type == DeltaType::kSparse24Ternary || type == DeltaType::kSparse14Sign;
+}
 constexpr bool has_indices(DeltaType type) { return type <= DeltaType::kSparse24Int2; }
 
 // The file pads a row's codes to whole blocks of columns; indices take 4 bytes a block.
@@ -44,7 +52,8 @@ struct DeltaSource {
   std::int64_t columns = 0;     // in_features
   std::int32_t group_size = 0;  // weights of a row that share one fp16 scale, a multiple of 32
   std::span<const std::byte> values;   // int4 sparse: [rows, K/4]; int2 sparse: [rows, K/8];
-                                       // ternary: [rows, K/32*5]; dense: [rows, K/2] or [rows, K]
+                                       // ternary: [rows, K/32*5]; sign: [rows, K/32*3];
+                                       // dense: [rows, K/2] or [rows, K]
   std::span<const std::byte> indices;  // sparse int: [rows, K/8], else empty
   std::span<const std::byte> scales;   // fp16 [rows, ceil(columns / group_size)]
 };

@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ __all__ = ["DeltaOptions", "delta_bytes", "make_base", "make_deltas", "slot_byte
 
 _TILE_BYTES = 32 << 20
 _SHARD_BYTES = 1 << 30
-_FORMATS = ("int4", "int2", "ternary")
+_FORMATS = {
+    "int4": "sparse24_int4",
+    "int2": "sparse24_int2",
+    "ternary": "sparse24_ternary",
+    "sign": "sparse14_sign",
+}
 _TABLE_FORMATS = ("unchanged", "int4", "int8")
 _TILE_OF_KERNELS = (64, 128)
 _SLOT_ALIGNMENT = 256
@@ -44,7 +49,7 @@ class DeltaOptions:
     """What random deltas hold.
 
     Attributes:
-        format: int4, int2 or ternary, of the layers' matrices.
+        format: int4, int2, ternary or sign, of the layers' matrices.
         embedding_format: unchanged, int4 or int8, of the embedding and lm_head.
         num_distinct: files of different content; further variants are hard links to them.
     """
@@ -226,7 +231,7 @@ def _plan_delta(
     stored: list[_Planned] = []
     for name, (dtype, shape) in sorted(base.items(), key=lambda item: item[0].encode()):
         is_table = "embed_tokens" in name or "lm_head" in name
-        format_ = options.embedding_format if is_table else f"sparse24_{options.format}"
+        format_ = options.embedding_format if is_table else _FORMATS[options.format]
         if len(shape) == 1 and "norm" in name:
             entries[name] = {"type": "replaced", "shape": list(shape)}
             stored.append(_Planned(name, dtype, shape, f"gains:{dtype}"))
@@ -242,6 +247,7 @@ def _plan_delta(
             "sparse24_int4": [("values", padded // 4), ("indices", padded // 8)],
             "sparse24_int2": [("values", padded // 8), ("indices", padded // 8)],
             "sparse24_ternary": [("codes", padded * 5 // 32)],
+            "sparse14_sign": [("codes", padded * 3 // 32)],
             "dense_int4": [("values", padded // 2)],
             "dense_int8": [("values", padded)],
         }[type_]
@@ -259,6 +265,8 @@ def delta_bytes(base: TensorMap, options: DeltaOptions) -> int:
 
 def slot_bytes(base: TensorMap, options: DeltaOptions) -> int:
     """What one delta takes in a slot at most: kernels read whole tiles, and floats of norms."""
+    if options.format == "sign":  # a GPU holds it as ternary
+        options = replace(options, format="ternary")
     rows, columns = _TILE_OF_KERNELS
     tiles = {
         name: (dtype, (-(-shape[0] // rows) * rows, -(-shape[1] // columns) * columns))

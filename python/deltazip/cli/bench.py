@@ -27,7 +27,7 @@ def command(
     variant: Annotated[
         list[str] | None, typer.Option(help="Or real ones: NAME=FOLDER, repeatable.")
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="int4, int2 or ternary.")] = "int2",
+    format_: Annotated[str, typer.Option("--format", help="int4, int2, ternary or sign.")] = "int2",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
     embedding_format: Annotated[
         str, typer.Option(help="Of embedding and lm_head: unchanged, int4 or int8.")

@@ -28,13 +28,13 @@ def command(
         typer.Option(help="What the fine-tune is asked: a .jsonl of conversations, or plain text."),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="int4, int2, ternary, dense4 or dense8.")
+        str, typer.Option("--format", help="int4, int2, ternary, sign, dense4 or dense8.")
     ] = "int4",
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
-    embedding_format: Annotated[str, typer.Option(help="int4, int8 or exact.")] = "int4",
-    embedding_group_size: Annotated[
-        int, typer.Option(help="The same, of embeddings. 0: what suits the format.")
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale. 0: what suits the format.")
     ] = 0,
+    embedding_format: Annotated[str, typer.Option(help="int4, int8 or exact.")] = "int4",
+    embedding_group_size: Annotated[int, typer.Option(help="The same, of embeddings.")] = 0,
     embedding_step: Annotated[
         float, typer.Option(help="No finer than this share of its rms movement. -1: what suits.")
     ] = -1.0,

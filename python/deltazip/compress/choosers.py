@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from deltazip.compress.pack import PAIRS, TERNARY_STATES, DeltaType
+from deltazip.compress.pack import PAIRS, SIGN_STATES, TERNARY_STATES, DeltaType
 
 _NUM_SCALE_CANDIDATES = 10
 _FP16_MAX = 65504.0
@@ -36,7 +36,7 @@ def fp16_scales(scales: Tensor, mantissa_bits: int = SCALE_BITS) -> Tensor:
 class Chooser:
     """How one type turns weights into values."""
 
-    keeps_two_of_four = True
+    kept_of_four = 2
 
     def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """The values of one group of four columns.
@@ -66,7 +66,9 @@ class Chooser:
         for scale in fp16_scales(self.candidates(weights)):
             kept = self.nearest(weights, scale[:, None]) * scale[:, None]
             gains = (2.0 * weights - kept) * kept * saliency  # w^2 - (w - kept)^2
-            if self.keeps_two_of_four:
+            if self.kept_of_four == 1:
+                total = gains.reshape(weights.shape[0], -1, 4).amax(dim=2).sum(dim=1)
+            elif self.kept_of_four == 2:
                 a, b, c, d = gains.reshape(weights.shape[0], -1, 4).unbind(dim=2)
                 # The larger two of four, without sorting.
                 across = torch.maximum(a, b).add_(torch.maximum(c, d))
@@ -85,6 +87,7 @@ class StateChooser(Chooser):
     def __init__(self, states: Tensor, kept: Tensor) -> None:
         self.states, self.kept = states, kept
         self.largest = float(states.max())
+        self.kept_of_four = int(states.count_nonzero(dim=1).max())
 
     def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         # |w - s v|^2_C = const + s (s v C v^T - 2 w C v^T), and s > 0 does not move the minimum.
@@ -95,14 +98,19 @@ class StateChooser(Chooser):
 
     def nearest(self, weights: Tensor, scale: Tensor) -> Tensor:
         sign = torch.where(weights < 0, -1.0, 1.0)
+        if self.kept_of_four == 1:
+            return sign
         if self.largest == 1.0:
             return sign * (weights.abs() > 0.5 * scale)
         return sign * torch.where(weights.abs() > 2.0 * scale, 3.0, 1.0)
 
     def candidates(self, weights: Tensor) -> Tensor:
-        # In units of the window's spread; normal weights want about 1.25 (ternary), 0.5 (2-bit).
+        # In units of the window's spread; normal weights want about 1.45 (one sign of four), 1.25
+        # (ternary), 0.5 (2-bit).
         spread = weights.square().mean(dim=1).sqrt()
         low, high = (0.8, 2.0) if self.largest == 1.0 else (0.3, 0.8)
+        if self.kept_of_four == 1:
+            low, high = 1.0, 2.2
         shares = torch.linspace(low, high, _NUM_SCALE_CANDIDATES, device=weights.device)
         return shares[:, None] * spread
 
@@ -155,7 +163,7 @@ class PairChooser(Chooser):
 class DenseChooser(Chooser):
     """No mask: every column is rounded, the columns before it made up for."""
 
-    keeps_two_of_four = False
+    kept_of_four = 4
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -183,6 +191,9 @@ def chooser_for(type_: DeltaType, device: torch.device) -> Chooser:
     if type_ is DeltaType.SPARSE24_TERNARY:
         states = torch.from_numpy(TERNARY_STATES).float().to(device)
         return StateChooser(states, torch.zeros(32, dtype=torch.uint8, device=device))
+    if type_ is DeltaType.SPARSE14_SIGN:
+        states = torch.from_numpy(SIGN_STATES).float().to(device)
+        return StateChooser(states, torch.zeros(8, dtype=torch.uint8, device=device))
     if type_ is DeltaType.SPARSE24_INT2:
         return StateChooser(*_int2_states(device))
     if type_ is DeltaType.SPARSE24_INT4:

@@ -32,6 +32,7 @@ class DeltaType(str, enum.Enum):
     SPARSE24_INT4 = "sparse24_int4"
     SPARSE24_INT2 = "sparse24_int2"
     SPARSE24_TERNARY = "sparse24_ternary"
+    SPARSE14_SIGN = "sparse14_sign"
     DENSE_INT4 = "dense_int4"
     DENSE_INT8 = "dense_int8"
 
@@ -41,7 +42,7 @@ class DeltaType(str, enum.Enum):
 
     @property
     def is_sparse(self) -> bool:
-        return self.value.startswith("sparse24_")
+        return self.value.startswith("sparse")
 
     @property
     def bits_per_weight(self) -> float:
@@ -53,6 +54,7 @@ _BITS_PER_WEIGHT = {
     DeltaType.SPARSE24_INT4: 3.0,
     DeltaType.SPARSE24_INT2: 2.0,
     DeltaType.SPARSE24_TERNARY: 1.25,
+    DeltaType.SPARSE14_SIGN: 0.75,
     DeltaType.DENSE_INT4: 4.0,
     DeltaType.DENSE_INT8: 8.0,
 }
@@ -72,6 +74,9 @@ def _make_ternary_states() -> I8:
 
 TERNARY_STATES: I8 = _make_ternary_states()
 """[32, 4]: the values of a group of four for each code of sparse24_ternary."""
+SIGN_STATES: I8 = TERNARY_STATES[:8]
+"""[8, 4]: the same of sparse14_sign, whose codes are ternary's for a weight that is alone."""
+_STATE_BITS = {DeltaType.SPARSE24_TERNARY: 5, DeltaType.SPARSE14_SIGN: 3}
 
 
 def _make_ternary_codes() -> npt.NDArray[np.int16]:
@@ -136,6 +141,8 @@ def stored_shapes(
             codes = {"values": padded // 8, "indices": padded // 8}
         case DeltaType.SPARSE24_TERNARY:
             codes = {"codes": padded // 32 * 5}
+        case DeltaType.SPARSE14_SIGN:
+            codes = {"codes": padded // 32 * 3}
         case DeltaType.DENSE_INT4:
             codes = {"values": padded // 2}
         case DeltaType.DENSE_INT8:
@@ -193,8 +200,8 @@ def pack(matrix: QuantizedMatrix) -> dict[str, npt.NDArray[np.generic]]:
         case DeltaType.DENSE_INT4:
             _check_range(matrix.values, -8, 7, matrix.type)
             out["values"] = _halves((_pad(matrix.values, padded) + 8).astype(np.uint8))
-        case DeltaType.SPARSE24_TERNARY:
-            out["codes"] = _pack_ternary(_pad(matrix.values, padded), columns)
+        case DeltaType.SPARSE24_TERNARY | DeltaType.SPARSE14_SIGN:
+            out["codes"] = _pack_states(matrix.type, _pad(matrix.values, padded), columns)
         case DeltaType.SPARSE24_INT4 | DeltaType.SPARSE24_INT2:
             out |= _pack_sparse_integers(matrix, padded)
         case _:
@@ -209,7 +216,8 @@ def _check_range(values: I8, low: int, high: int, type_: DeltaType) -> None:
         )
 
 
-def _pack_ternary(values: I8, columns: int) -> U8:
+def _pack_states(type_: DeltaType, values: I8, columns: int) -> U8:
+    bits = _STATE_BITS[type_]
     groups = values.reshape(values.shape[0], -1, 4)
     number = np.full(groups.shape[:2], 40, np.int64)  # 40 is four zeros
     for place, weight in enumerate((1, 3, 9, 27)):
@@ -217,13 +225,15 @@ def _pack_ternary(values: I8, columns: int) -> U8:
     # Four zeros have no state. Past the last column any code does: +1 in place 3, a padded place.
     padding = number[:, columns // 4 :]
     padding[padding == 40] = 40 + 27
-    if number.min() < 0 or number.max() > 80 or (codes := _TERNARY_CODE_OF[number]).min() < 0:
-        raise ValueError("sparse24_ternary keeps one or two of four values, each -1 or +1")
+    codes = _TERNARY_CODE_OF[number.clip(0, 80)]
+    if number.min() < 0 or number.max() > 80 or codes.min() < 0 or codes.max() >= 1 << bits:
+        count = "one or two" if type_ is DeltaType.SPARSE24_TERNARY else "one"
+        raise ValueError(f"{type_.value} keeps {count} of four values, each -1 or +1")
     words = np.zeros((values.shape[0], groups.shape[1] // 8), np.uint64)
     for group in range(8):
-        words |= codes[:, group::8].astype(np.uint64) << np.uint64(5 * group)
+        words |= codes[:, group::8].astype(np.uint64) << np.uint64(bits * group)
     return np.stack(
-        [(words >> np.uint64(8 * byte)).astype(np.uint8) for byte in range(5)], axis=-1
+        [(words >> np.uint64(8 * byte)).astype(np.uint8) for byte in range(bits)], axis=-1
     ).reshape(values.shape[0], -1)
 
 
@@ -271,8 +281,8 @@ def unpack(
     if not np.isfinite(scales).all():
         raise ValueError("'.scales' holds a value that is not finite")
     kept: U8 | None = None
-    if type_ is DeltaType.SPARSE24_TERNARY:
-        values = _unpack_ternary(stored["codes"].astype(np.uint8, copy=False))
+    if type_ in _STATE_BITS:
+        values = _unpack_states(type_, stored["codes"].astype(np.uint8, copy=False))
     else:
         raw: U8 = stored["values"].astype(np.uint8, copy=False)
         if type_ is DeltaType.DENSE_INT8:
@@ -286,15 +296,16 @@ def unpack(
     return QuantizedMatrix(type_, values[:, :columns], scales, group_size, kept)
 
 
-def _unpack_ternary(codes: U8) -> I8:
-    rows = codes.shape[0]
-    bytes_ = codes.reshape(rows, -1, 5).astype(np.uint64)
+def _unpack_states(type_: DeltaType, codes: U8) -> I8:
+    bits, rows = _STATE_BITS[type_], codes.shape[0]
+    bytes_ = codes.reshape(rows, -1, bits).astype(np.uint64)
     words = np.zeros(bytes_.shape[:2], np.uint64)
-    for byte in range(5):
+    for byte in range(bits):
         words |= bytes_[:, :, byte] << np.uint64(8 * byte)
     groups = np.stack(
-        [(words >> np.uint64(5 * group)).astype(np.uint8) & 31 for group in range(8)], axis=-1
+        [(words >> np.uint64(bits * group)).astype(np.uint8) for group in range(8)], axis=-1
     )
+    groups &= np.uint8((1 << bits) - 1)
     values: I8 = TERNARY_STATES[groups.reshape(rows, -1)].reshape(rows, -1)
     return values
 

@@ -16,6 +16,7 @@ FORMATS = {
     "int4": DeltaType.SPARSE24_INT4,
     "int2": DeltaType.SPARSE24_INT2,
     "ternary": DeltaType.SPARSE24_TERNARY,
+    "sign": DeltaType.SPARSE14_SIGN,
     "dense4": DeltaType.DENSE_INT4,
     "dense8": DeltaType.DENSE_INT8,
 }
@@ -24,11 +25,14 @@ EMBEDDING_FORMATS = {
     "int8": DeltaType.DENSE_INT8,
     "exact": DeltaType.REPLACED,
 }
+# Of linears. Where codes take less than a bit a weight, scales are not to take a third as much.
+GROUP_SIZES = {"sign": 128}
+_GROUP_SIZE = 64
 # Two bits leave the embedding, which is not sparse, most of the file: longer groups save there.
 EMBEDDING_GROUP_SIZES = {"int2": 192}
 _EMBEDDING_GROUP_SIZE = 64
 # What packing makes of rows that hardly moved; docs/compression.md has what each step costs.
-EMBEDDING_STEPS = {"int2": 0.5, "ternary": 0.5}
+EMBEDDING_STEPS = {"int2": 0.5, "ternary": 0.5, "sign": 0.5}
 _EMBEDDING_STEP = 0.25
 # Roughly what a stored tensor and a manifest row take in the header.
 _HEADER_BYTES_PER_TENSOR = 120
@@ -44,10 +48,12 @@ class Settings:
     """The user's choices; see docs/compression.md for what each costs and buys.
 
     Attributes:
-        format: of the linear layers: int4, int2 or ternary, 2:4 sparse; dense4 or dense8.
-        group_size: input features that share a scale, a multiple of 32.
+        format: of the linear layers: int4, int2 or ternary, 2:4 sparse; sign, 1:4 sparse; dense4 or
+            dense8.
+        group_size: input features that share a scale, a multiple of 32; 0 takes what suits the
+            format.
         embedding_format: int4, int8 or exact: of embeddings and an untied lm_head, dense.
-        embedding_group_size: as group_size, for those; 0 takes what suits the format.
+        embedding_group_size: as group_size, for those.
         embedding_step: no group of an embedding is rounded finer than this share of how far its
             elements moved (root mean square): little is spent on rows that hardly moved. 0: each as
             finely as it allows; -1 takes what suits the format.
@@ -60,7 +66,7 @@ class Settings:
     """
 
     format: str = "int4"
-    group_size: int = 64
+    group_size: int = 0
     embedding_format: str = "int4"
     embedding_group_size: int = 0
     embedding_step: float = -1.0
@@ -80,6 +86,9 @@ class Settings:
                 f"embedding format must be one of {', '.join(EMBEDDING_FORMATS)}, got "
                 f"'{self.embedding_format}'"
             )
+        if self.group_size == 0:
+            size = GROUP_SIZES.get(self.format, _GROUP_SIZE)
+            object.__setattr__(self, "group_size", size)
         if self.embedding_group_size == 0:
             size = EMBEDDING_GROUP_SIZES.get(self.format, _EMBEDDING_GROUP_SIZE)
             object.__setattr__(self, "embedding_group_size", size)

@@ -4,7 +4,7 @@ The unit of work is a group of four neighbouring columns, for all rows at once. 
 Cholesky factor of the inverse Hessian and B the four columns, fixing their values v leaves the
 error e = (w - v) inv(U_BB), costs |e|^2 once every later column has made up for it as well as it
 can, and the later columns become w - e U_B,later. So a group's mask and values are chosen together
-by that cost: of the 32 ternary states, of the 96 of two bits, of the six masks of four bits.
+by that cost: of the 8 of one sign, the 32 ternary, the 96 of two bits, of four bits' six masks.
 
 Source: Frantar & Alistarh, SparseGPT (2023), section 3; Frantar et al., GPTQ (2022); Yao et al.,
 DeltaZip (2025), Delta-Compress. Choosing a group jointly and refitting its scales are ours.

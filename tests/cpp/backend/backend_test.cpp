@@ -1,8 +1,10 @@
 // Memory, streams, names, and how a backend is found.
 
 #include <algorithm>
+#include <cstring>
 
 #include "backend/harness.h"
+#include "backend/ternary_from_sign.h"
 
 namespace deltazip::testing {
 namespace {
@@ -109,6 +111,42 @@ TEST(RegistryTest, DeltaTypesHaveTheFilesNames) {
   for (const DeltaType type : kDeltaTypes) EXPECT_EQ(delta_type_from_name(name(type)), type);
   EXPECT_EQ(name(DeltaType::kSparse24Ternary), "sparse24_ternary");
   EXPECT_EQ(delta_type_from_name("sparse24_int3"), std::nullopt);
+}
+
+TEST(RegistryTest, TernaryHoldsWhatASignDoes) {
+  const auto backend = make_backend("cpu", {.num_threads = 1, .isa = "", .compute_dtype = {}});
+  Rng rng(3);
+  for (const auto& [rows, columns] : {std::pair{5, 100}, {1, 1}, {7, 256}}) {
+    const Delta delta(*backend, DeltaType::kSparse14Sign, rows, columns, 64, rng);
+    const std::vector<std::byte> codes = ternary_from_sign(delta.source());
+    DeltaSource wide = delta.source();
+    wide.type = DeltaType::kSparse24Ternary;
+    wide.values = codes;
+    EXPECT_NO_THROW(check_delta_source(wide));
+    const std::int64_t groups = (columns + 31) / 32 * 8, scales = (columns + 63) / 64;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      for (std::int64_t column = 0; column < columns; ++column) {
+        unsigned code = 0;
+        for (std::int64_t bit = 0; bit < 5; ++bit) {
+          const std::int64_t at = 5 * (row * groups + column / 4) + bit;
+          code |=
+              (std::to_integer<unsigned>(codes[static_cast<std::size_t>(at / 8)]) >> (at % 8) & 1u)
+              << bit;
+        }
+        std::uint16_t bits;
+        std::memcpy(&bits, delta.scales.data() + 2 * (row * scales + column / 64), sizeof(bits));
+        const TernaryState& state = ternary_states()[code];
+        const int value = column % 4 == state.index0   ? state.value0
+                          : column % 4 == state.index1 ? state.value1
+                                                       : 0;
+        EXPECT_EQ(static_cast<double>(to_float(Half{bits})) * value, delta.at(row, column));
+      }
+    }
+    DeltaSource cut = delta.source();
+    cut.values = cut.values.first(cut.values.size() - 1);
+    EXPECT_THROW(ternary_from_sign(cut), InvalidArgument);
+    EXPECT_THROW(ternary_from_sign(wide), InvalidArgument);
+  }
 }
 
 TEST(RegistryTest, TernaryStatesAreTheFormats) {

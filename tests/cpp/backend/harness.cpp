@@ -198,7 +198,9 @@ Weight::Weight(Backend& backend, Stream& stream, std::int64_t rows, std::int64_t
 
 Delta::Delta(Backend& backend, DeltaType type, std::int64_t rows, std::int64_t columns,
              std::int32_t group_size, Rng& rng)
-    : dense(to_size(rows * columns)), matrix{nullptr, type, group_size, rows, columns} {
+    : dense(to_size(rows * columns)),
+      source_type(type),
+      matrix{nullptr, backend.tiled_type(type), group_size, rows, columns} {
   const std::int64_t padded = divide_up(columns, 32) * 32;
   const std::int64_t groups = divide_up(columns, group_size);
   const auto random_below = [&](unsigned bound) { return static_cast<unsigned>(rng() % bound); };
@@ -208,9 +210,9 @@ Delta::Delta(Backend& backend, DeltaType type, std::int64_t rows, std::int64_t c
       bytes[to_size(bit / 8)] |= static_cast<std::byte>(((value >> i) & 1u) << (bit % 8));
     }
   };
-  const std::array<std::int64_t, 5> value_bits{rows * padded * 2, rows * padded,
+  const std::array<std::int64_t, 6> value_bits{rows * padded * 2,     rows * padded,
                                                rows * padded * 5 / 4, rows * padded * 4,
-                                               rows * padded * 8};
+                                               rows * padded * 8,     rows * padded * 3 / 4};
   values.resize(to_size(value_bits[static_cast<std::size_t>(type)] / 8));
   const bool has_indices = type == DeltaType::kSparse24Int4 || type == DeltaType::kSparse24Int2;
   if (has_indices) indices.resize(to_size(rows * padded / 8));
@@ -232,6 +234,10 @@ Delta::Delta(Backend& backend, DeltaType type, std::int64_t rows, std::int64_t c
           put_bits(values, 8 * (4 * group + i), 8, code);
           value[i] = static_cast<double>(code) - 128.0;
         }
+      } else if (type == DeltaType::kSparse14Sign) {
+        const unsigned code = random_below(8);
+        put_bits(values, 3 * group, 3, code);
+        value[code / 2] = code % 2 == 0 ? 1.0 : -1.0;
       } else if (type == DeltaType::kSparse24Ternary) {
         constexpr int kPairs[6][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
         const unsigned code = random_below(32), d = code - 8;
@@ -285,7 +291,7 @@ Delta::Delta(Backend& backend, DeltaType type, std::int64_t rows, std::int64_t c
 }
 
 DeltaSource Delta::source() const {
-  return {matrix.type, matrix.rows, matrix.columns, matrix.group_size, values, indices, scales};
+  return {source_type, matrix.rows, matrix.columns, matrix.group_size, values, indices, scales};
 }
 
 }  // namespace deltazip::testing

@@ -126,9 +126,9 @@ struct Weight {
   PackedMatrix packed;
 };
 
-inline constexpr DeltaType kDeltaTypes[] = {DeltaType::kSparse24Int4, DeltaType::kSparse24Int2,
+inline constexpr DeltaType kDeltaTypes[] = {DeltaType::kSparse24Int4,    DeltaType::kSparse24Int2,
                                             DeltaType::kSparse24Ternary, DeltaType::kDenseInt4,
-                                            DeltaType::kDenseInt8};
+                                            DeltaType::kDenseInt8,       DeltaType::kSparse14Sign};
 
 // A random delta in the file's layout, its dense value, and tiled.
 struct Delta {
@@ -140,6 +140,7 @@ struct Delta {
   DeltaSource source() const;
   std::vector<std::byte> values, indices, scales;
   std::vector<double> dense;  // [rows, columns]
+  DeltaType source_type;      // the file's; the backend's may be another
   Buffer tiled;
   DeltaMatrix matrix;
 };

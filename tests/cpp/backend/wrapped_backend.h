@@ -182,6 +182,7 @@ class WrappedBackend : public Backend {
   void pack_weight(void* device, ConstTensorView host, Stream& stream) override {
     inner_->pack_weight(device, host, stream);
   }
+  DeltaType tiled_type(DeltaType type) const override { return inner_->tiled_type(type); }
   std::size_t tiled_bytes(DeltaType type, std::int64_t rows, std::int64_t columns,
                           std::int32_t group_size) const override {
     return inner_->tiled_bytes(type, rows, columns, group_size);

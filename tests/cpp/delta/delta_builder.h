@@ -61,16 +61,14 @@ class DeltaBuilder {
                        std::int64_t columns, int group_size) {
     const std::int64_t blocks = (columns + 31) / 32;
     const std::int64_t groups = (columns + group_size - 1) / group_size;
-    static const std::map<std::string, int> kBytes{{"sparse24_int4", 8},
-                                                   {"sparse24_int2", 4},
-                                                   {"sparse24_ternary", 5},
-                                                   {"dense_int4", 16},
-                                                   {"dense_int8", 32}};
+    static const std::map<std::string, int> kBytes{{"sparse24_int4", 8},    {"sparse24_int2", 4},
+                                                   {"sparse24_ternary", 5}, {"sparse14_sign", 3},
+                                                   {"dense_int4", 16},      {"dense_int8", 32}};
     const std::int64_t width = blocks * kBytes.at(type);
-    const bool is_ternary = type == "sparse24_ternary";
+    const bool has_codes = type == "sparse24_ternary" || type == "sparse14_sign";
     std::string values;
     for (std::int64_t i = 0; i < rows * width; ++i) values += random_byte();
-    store(name + (is_ternary ? ".codes" : ".values"), "U8", {rows, width}, values);
+    store(name + (has_codes ? ".codes" : ".values"), "U8", {rows, width}, values);
     if (type == "sparse24_int4" || type == "sparse24_int2") {
       std::string indices;
       for (std::int64_t i = 0; i < rows * blocks * 4; ++i) {
@@ -210,6 +208,7 @@ inline DeltaBuilder small_delta(std::uint32_t seed = 1) {
       .matrix("model.layers.0.mlp.up_proj.weight", "sparse24_int2", 5, 70, 64)
       .matrix("model.layers.1.self_attn.q_proj.weight", "sparse24_ternary", 9, 130, 64)
       .matrix("model.layers.1.mlp.up_proj.weight", "dense_int8", 3, 33, 32)
+      .matrix("model.layers.1.mlp.gate_proj.weight", "sparse14_sign", 4, 70, 64)
       .replaced("model.layers.0.input_layernorm.weight", "BF16", {12})
       .replaced("model.layers.1.input_layernorm.weight", "F16", {12})
       .replaced("model.norm.weight", "F32", {12})

@@ -56,7 +56,7 @@ class FakeBackend : public Backend {
                           std::int32_t group_size) const override {
     const std::int64_t blocks = (columns + 31) / 32;
     const std::int64_t groups = (columns + group_size - 1) / group_size;
-    constexpr std::int64_t kBlockBytes[] = {8 + 4, 4 + 4, 5, 16, 32};
+    constexpr std::int64_t kBlockBytes[] = {8 + 4, 4 + 4, 5, 16, 32, 3};
     return static_cast<std::size_t>(rows *
                                     (blocks * kBlockBytes[static_cast<int>(type)] + 2 * groups));
   }

@@ -47,7 +47,7 @@ TEST(Golden, DequantisesToTheExpectedValues) {
       }
     }
   }
-  EXPECT_EQ(num_matrices, 6u);
+  EXPECT_EQ(num_matrices, 7u);
   EXPECT_EQ(num_replaced, 3u);
 }
 

@@ -49,13 +49,13 @@ TinyDelta TinyHouse::delta(std::uint32_t seed) const {
   TinyDelta delta;
   std::uint32_t next = 1000 * seed;
   std::mt19937 random(seed);
-  constexpr DeltaType kTypes[] = {DeltaType::kSparse24Int4, DeltaType::kSparse24Int2,
+  constexpr DeltaType kTypes[] = {DeltaType::kSparse24Int4,    DeltaType::kSparse24Int2,
                                   DeltaType::kSparse24Ternary, DeltaType::kDenseInt4,
-                                  DeltaType::kDenseInt8};
-  constexpr float kSizes[] = {0.02F, 0.05F, 0.1F, 0.02F, 0.001F};  // of one unit of the codes
+                                  DeltaType::kDenseInt8,       DeltaType::kSparse14Sign};
+  constexpr float kSizes[] = {0.02F, 0.05F, 0.1F, 0.02F, 0.001F, 0.1F};  // of one unit of the codes
   for (const auto& [name, tensor] : model.tensors) {
     if (tensor.shape.rank() == 2) {
-      const std::uint32_t type = draw(random, 5);
+      const std::uint32_t type = draw(random, 6);
       delta.matrices.emplace(name, make_tiny_delta_matrix(kTypes[type], tensor.shape[0],
                                                           tensor.shape[1], kSizes[type], next++));
     } else {
@@ -95,11 +95,10 @@ void write_delta(const TinyDelta& delta, const TinyModel& model, const Digest& b
       const auto row_bytes = [&](const std::vector<std::byte>& bytes) {
         return static_cast<std::int64_t>(bytes.size()) / rows;
       };
-      const bool is_ternary = matrix.type == DeltaType::kSparse24Ternary;
       entry["type"] = deltazip::name(matrix.type);
       entry["group_size"] = group_size = matrix.group_size;
-      store(name + (is_ternary ? ".codes" : ".values"), "U8", {rows, row_bytes(matrix.values)},
-            text_of(matrix.values.data(), matrix.values.size()));
+      store(name + (has_states(matrix.type) ? ".codes" : ".values"), "U8",
+            {rows, row_bytes(matrix.values)}, text_of(matrix.values.data(), matrix.values.size()));
       if (!matrix.indices.empty()) {
         store(name + ".indices", "U8", {rows, row_bytes(matrix.indices)},
               text_of(matrix.indices.data(), matrix.indices.size()));

@@ -18,6 +18,7 @@ BYTES_PER_32 = {
     "sparse24_int4": 8,
     "sparse24_int2": 4,
     "sparse24_ternary": 5,
+    "sparse14_sign": 3,
     "dense_int4": 16,
     "dense_int8": 32,
 }
@@ -41,7 +42,7 @@ def matrix(name: str, kind: str, rows: int, columns: int, group_size: int) -> Te
     groups = -(-columns // group_size)
     tensors: Tensors = {f"{name}.scales": ("F16", [rows, groups], b"\x11\x20" * rows * groups)}
     width = blocks * BYTES_PER_32[kind]
-    suffix = "codes" if kind == "sparse24_ternary" else "values"
+    suffix = "codes" if kind in ("sparse24_ternary", "sparse14_sign") else "values"
     tensors[f"{name}.{suffix}"] = ("U8", [rows, width], b"\x5a" * rows * width)
     if kind in ("sparse24_int4", "sparse24_int2"):
         size = rows * blocks * 4

@@ -140,8 +140,8 @@ void smoke(const std::vector<std::string>& seeds, int num_mutants, Target target
 
 std::vector<std::string> delta_seeds() {
   std::vector<std::string> seeds{small_delta().str()};
-  for (const char* type :
-       {"sparse24_int4", "sparse24_int2", "sparse24_ternary", "dense_int4", "dense_int8"}) {
+  for (const char* type : {"sparse24_int4", "sparse24_int2", "sparse24_ternary", "sparse14_sign",
+                           "dense_int4", "dense_int8"}) {
     seeds.push_back(test::DeltaBuilder().matrix("w", type, 2, 33, 32).str());
   }
   seeds.push_back(test::DeltaBuilder().replaced("n", "F32", {3}).unchanged("u", {}).str());

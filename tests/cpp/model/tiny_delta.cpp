@@ -21,13 +21,14 @@ std::vector<float> random_row(TinyDeltaMatrix& out, std::size_t row, std::size_t
                               std::mt19937& random) {
   std::vector<float> values(width, 0.0F);
   const std::size_t groups = width / 4;
-  for (std::size_t j = 0; j < groups && is_sparse24(out.type); ++j) {
+  for (std::size_t j = 0; j < groups && is_sparse(out.type); ++j) {
     const std::size_t group = row * groups + j;
-    if (out.type == DeltaType::kSparse24Ternary) {
-      const unsigned code = draw(random, 32), d = code - 8;
-      std::byte* word = out.values.data() + group / 8 * 5;
-      for (unsigned bit = 0; bit < 5; ++bit) {
-        const std::size_t at = group % 8 * 5 + bit;
+    if (has_states(out.type)) {
+      const unsigned bits = out.type == DeltaType::kSparse24Ternary ? 5 : 3;
+      const unsigned code = draw(random, 1U << bits), d = code - 8;
+      std::byte* word = out.values.data() + group / 8 * bits;
+      for (unsigned bit = 0; bit < bits; ++bit) {
+        const std::size_t at = group % 8 * bits + bit;
         word[at / 8] |= static_cast<std::byte>((code >> bit & 1U) << (at % 8));
       }
       if (code < 8) {
@@ -52,7 +53,7 @@ std::vector<float> random_row(TinyDeltaMatrix& out, std::size_t row, std::size_t
           is_int4 ? static_cast<float>(code) - 8.0F : 2.0F * static_cast<float>(code) - 3.0F;
     }
   }
-  for (std::size_t k = 0; k < width && !is_sparse24(out.type); ++k) {
+  for (std::size_t k = 0; k < width && !is_sparse(out.type); ++k) {
     const bool is_int4 = out.type == DeltaType::kDenseInt4;
     const unsigned code = draw(random, is_int4 ? 16 : 256);
     if (is_int4) {
@@ -77,6 +78,8 @@ std::size_t value_bytes_per_row(DeltaType type, std::size_t width) {
       return width / 2;
     case DeltaType::kDenseInt8:
       return width;
+    case DeltaType::kSparse14Sign:
+      return width / 32 * 3;
   }
   return 0;
 }
@@ -126,9 +129,9 @@ DeviceDelta TinyDelta::on(const Backend& backend, Backend& allocator,
     part.name = name;
     if (const auto it = matrices.find(name); it != matrices.end()) {
       part.kind = DeltaKind::kMatrix;
-      part.matrix = {nullptr, it->second.type, it->second.group_size, tensor.shape[0],
-                     tensor.shape[1]};
-      place(part, backend.tiled_bytes(part.matrix.type, part.matrix.rows, part.matrix.columns,
+      part.matrix = {nullptr, backend.tiled_type(it->second.type), it->second.group_size,
+                     tensor.shape[0], tensor.shape[1]};
+      place(part, backend.tiled_bytes(it->second.type, part.matrix.rows, part.matrix.columns,
                                       part.matrix.group_size));
     } else if (const auto found = replaced.find(name); found != replaced.end()) {
       part.kind = DeltaKind::kReplaced;
@@ -177,12 +180,12 @@ TinyDelta change_everything(const TinyModel& model, std::uint32_t seed) {
   int next = 0;
   for (const auto& [name, tensor] : model.tensors) {
     if (tensor.shape.rank() == 2) {
-      const auto type = static_cast<DeltaType>(next++ % 5);
-      const float size = type == DeltaType::kDenseInt8         ? 0.002F
-                         : type == DeltaType::kSparse24Int4    ? 0.03F
-                         : type == DeltaType::kSparse24Int2    ? 0.08F
-                         : type == DeltaType::kSparse24Ternary ? 0.2F
-                                                               : 0.02F;
+      const auto type = static_cast<DeltaType>(next++ % 6);
+      const float size = type == DeltaType::kDenseInt8      ? 0.002F
+                         : type == DeltaType::kSparse24Int4 ? 0.03F
+                         : type == DeltaType::kSparse24Int2 ? 0.08F
+                         : has_states(type)                 ? 0.2F
+                                                            : 0.02F;
       out.matrices.emplace(name, make_tiny_delta_matrix(type, tensor.shape[0], tensor.shape[1],
                                                         size, draw(random, 1000)));
     } else {

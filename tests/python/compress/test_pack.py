@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from deltazip.compress.pack import (
     PAIRS,
+    SIGN_STATES,
     TERNARY_STATES,
     DeltaType,
     QuantizedMatrix,
@@ -33,9 +34,10 @@ def random_matrix(
     if type_ is DeltaType.DENSE_INT4:
         values = rng.integers(-8, 8, shape)
         return QuantizedMatrix(type_, values.astype(np.int8), scales, group_size)
-    if type_ is DeltaType.SPARSE24_TERNARY:
+    if type_ in (DeltaType.SPARSE24_TERNARY, DeltaType.SPARSE14_SIGN):
         # A group that the last column cuts keeps its first place: it must not be all zero.
-        states = rng.integers(0, 32, (rows, groups))
+        count = 32 if type_ is DeltaType.SPARSE24_TERNARY else 8
+        states = rng.integers(0, count, (rows, groups))
         if columns % 4:
             states[:, -1] = rng.integers(0, 2, rows)
         values = TERNARY_STATES[states].reshape(rows, -1)[:, :columns]
@@ -66,6 +68,10 @@ def read_weight(
     if type_ is DeltaType.DENSE_INT4:
         byte = int(stored["values"][n, k // 2])
         return scale * ((byte & 15 if k % 2 == 0 else byte >> 4) - 8)
+    if type_ is DeltaType.SPARSE14_SIGN:
+        number = int.from_bytes(bytes(stored["codes"][n, group // 8 * 3 :][:3]), "little")
+        code = (number >> (3 * (group % 8))) & 7
+        return scale * ((1 if code % 2 == 0 else -1) if code // 2 == place else 0)
     if type_ is DeltaType.SPARSE24_TERNARY:
         number = int.from_bytes(bytes(stored["codes"][n, group // 8 * 5 :][:5]), "little")
         code = (number >> (5 * (group % 8))) & 31
@@ -121,7 +127,11 @@ def test_round_trip_of_random_matrices(type_: DeltaType) -> None:
 def test_every_pattern_of_bytes_of_a_full_row_survives() -> None:
     """Unpack then pack is the identity on codes: no two codes mean the same."""
     rng = np.random.default_rng(3)
-    for type_ in (DeltaType.SPARSE24_TERNARY, DeltaType.DENSE_INT4, DeltaType.DENSE_INT8):
+    types = (
+        DeltaType.SPARSE24_TERNARY, DeltaType.SPARSE14_SIGN, DeltaType.DENSE_INT4,
+        DeltaType.DENSE_INT8,
+    )  # fmt: skip
+    for type_ in types:
         shapes = stored_shapes(type_, (50, 128), 32)
         stored = {
             suffix: rng.integers(0, 256, want).astype(np.uint8)
@@ -139,6 +149,7 @@ def test_ternary_states_are_all_the_states_but_zero() -> None:
     kept = np.count_nonzero(TERNARY_STATES, axis=1)
     assert kept.min() == 1
     assert kept.max() == 2
+    assert np.count_nonzero(SIGN_STATES, axis=1).tolist() == [1] * 8
 
 
 def make(type_: DeltaType, values: list[int], **more: object) -> QuantizedMatrix:
@@ -151,6 +162,9 @@ def test_values_without_a_code_are_refused() -> None:
         pack(make(DeltaType.SPARSE24_TERNARY, [1, 1, 1, 0]))
     with pytest.raises(ValueError, match="one or two of four"):
         pack(make(DeltaType.SPARSE24_TERNARY, [0, 0, 0, 0, 1, 0, 0, 0]))
+    for values in ([1, -1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [0, -128, 0, 0]):
+        with pytest.raises(ValueError, match="sparse14_sign keeps one of four"):
+            pack(make(DeltaType.SPARSE14_SIGN, values))
     with pytest.raises(ValueError, match=r"values -8\.\.7"):
         pack(make(DeltaType.DENSE_INT4, [0, 8, 0, 0]))
     kept = np.zeros((1, 1), np.uint8)
@@ -179,6 +193,10 @@ def test_stored_tensors_are_checked_when_read() -> None:
         unpack(DeltaType.SPARSE24_INT4, (1, 4), 32, good | {"indices": good["values"]})
     with pytest.raises(ValueError, match="missing"):
         unpack(DeltaType.SPARSE24_INT4, (1, 4), 32, {"scales": good["scales"]})
+    sign = pack(make(DeltaType.SPARSE14_SIGN, [0, 0, -1, 0]))
+    assert sign["codes"].tolist() == [[0b10110101, 0b01101101, 0b11011011]]  # 5, then padding's 6
+    with pytest.raises(ValueError, match=r"'\.codes' must be \[1, 3\], got \[1, 2\]"):
+        unpack(DeltaType.SPARSE14_SIGN, (1, 4), 32, sign | {"codes": sign["codes"][:, :2]})
     bad = good["indices"].copy()
     bad[0, 0] = 0b0001  # places 1 and 0
     with pytest.raises(ValueError, match="must ascend"):

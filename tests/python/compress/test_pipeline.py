@@ -117,7 +117,7 @@ def test_batches_hold_every_sequence_once_and_stay_small() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("format_", ["int4", "int2", "ternary"])
+@pytest.mark.parametrize("format_", ["int4", "int2", "ternary", "sign"])
 def test_a_delta_brings_the_base_to_its_fine_tune(
     name: str, format_: str, tmp_path: Path, samples: Path
 ) -> None:
@@ -138,7 +138,7 @@ def test_a_delta_brings_the_base_to_its_fine_tune(
         ours, theirs, nothing = (
             load(folder, torch.float32)(ids).logits for folder in (tmp_path / "whole", tuned, base)
         )
-    limit = {"int4": 0.08, "int2": 0.15, "ternary": 0.25}[format_]
+    limit = {"int4": 0.08, "int2": 0.15, "ternary": 0.25, "sign": 0.4}[format_]
     assert (ours - theirs).square().sum() < limit * (nothing - theirs).square().sum()
 
 
@@ -369,7 +369,7 @@ def test_too_little_calibration_is_refused(tmp_path: Path, pair: tuple[Path, Pat
 
 def test_settings_are_checked() -> None:
     for wrong, message in (
-        ({"format": "int3"}, "one of int4, int2, ternary, dense4, dense8, got 'int3'"),
+        ({"format": "int3"}, "one of int4, int2, ternary, sign, dense4, dense8, got 'int3'"),
         ({"group_size": 50}, "multiple of 32, got 50"),
         ({"embedding_format": "ternary"}, "one of int4, int8, exact"),
         ({"damping": 0.0}, "damping must be in"),

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from deltazip.compress.choosers import PairChooser, chooser_for, fp16_scales
-from deltazip.compress.pack import TERNARY_STATES, DeltaType, pack, unpack
+from deltazip.compress.pack import SIGN_STATES, TERNARY_STATES, DeltaType, pack, unpack
 from deltazip.compress.solver import Factor, Spec, round_to_nearest, solve
 
-SPARSE = [DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2, DeltaType.SPARSE24_TERNARY]
+SPARSE = [
+    DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2, DeltaType.SPARSE24_TERNARY,
+    DeltaType.SPARSE14_SIGN,
+]  # fmt: skip
 DENSE = [DeltaType.DENSE_INT4, DeltaType.DENSE_INT8]
 
 
@@ -54,20 +57,28 @@ def test_error_feedback_beats_rounding(
 
 
 @pytest.mark.parametrize("type_", SPARSE)
-def test_two_of_four_are_kept(type_: DeltaType) -> None:
+def test_so_many_of_four_are_kept(type_: DeltaType) -> None:
     delta = torch.randn(30, 160, generator=torch.Generator().manual_seed(1))
     solved = solve(delta, Factor(hessian_of(correlated_inputs(160, 400, 2))), Spec(type_, 32))
-    assert (np.count_nonzero(solved.matrix.values.reshape(30, -1, 4), axis=2) <= 2).all()
+    kept = np.count_nonzero(solved.matrix.values.reshape(30, -1, 4), axis=2)
+    assert (kept <= 2).all()
+    assert type_ is not DeltaType.SPARSE14_SIGN or (kept == 1).all()
 
 
-def test_without_correlation_the_best_state_of_each_group_is_taken() -> None:
-    """With a Hessian of one, ternary has a closed answer per group: the nearest of 32 states."""
+@pytest.mark.parametrize(
+    ("type_", "all_states"),
+    [(DeltaType.SPARSE24_TERNARY, TERNARY_STATES), (DeltaType.SPARSE14_SIGN, SIGN_STATES)],
+)
+def test_without_correlation_the_best_state_of_each_group_is_taken(
+    type_: DeltaType, all_states: np.ndarray
+) -> None:
+    """With a Hessian of one there is a closed answer per group: the nearest of all states."""
     delta = torch.randn(12, 64, generator=torch.Generator().manual_seed(5))
-    matrix = solve(delta, Factor(torch.eye(64)), Spec(DeltaType.SPARSE24_TERNARY, 64)).matrix
+    matrix = solve(delta, Factor(torch.eye(64)), Spec(type_, 64)).matrix
     # The scale is refitted after the states were taken, so each is near the best, not the best.
     scale = torch.from_numpy(matrix.scales.astype(np.float32))
     groups = delta.reshape(12, 16, 1, 4)
-    states = torch.from_numpy(TERNARY_STATES.astype(np.float32))
+    states = torch.from_numpy(all_states.astype(np.float32))
     cost = (groups - scale[:, :, None, None] * states).square().sum(dim=3)
     taken = torch.from_numpy(matrix.dequantize()).reshape(12, 16, 4)
     got = (delta.reshape(12, 16, 4) - taken).square().sum(dim=2)
@@ -83,13 +94,15 @@ def test_a_group_of_four_is_chosen_by_its_full_cost(type_: DeltaType) -> None:
         DeltaType.SPARSE24_INT4: range(-8, 8),
         DeltaType.SPARSE24_INT2: (-3, -1, 1, 3),
         DeltaType.SPARSE24_TERNARY: (-1, 0, 1),
+        DeltaType.SPARSE14_SIGN: (-1, 0, 1),
     }[type_]
     options = torch.tensor(
         [
             [a if c == i else b if c == j else 0 for c in range(4)]
             for i, j in itertools.combinations(range(4), 2)
             for a, b in itertools.product(levels, levels)
-            if type_ is not DeltaType.SPARSE24_TERNARY or a or b
+            if levels != (-1, 0, 1) or a or b
+            if type_ is not DeltaType.SPARSE14_SIGN or not (a and b)
         ],
         dtype=torch.float32,
     )

@@ -2,6 +2,7 @@
 // A code is decoded once for all tokens of the item; group scales go onto the group's sum.
 
 #include "backend/cpu/kernels/sbmm_lanes.h"
+#include "backend/cpu/kernels/sbmm_tables.h"
 #include "backend/cpu/kernels/table.h"
 
 namespace deltazip::cpu::DZ_ISA {
@@ -207,11 +208,18 @@ void sbmm(const SbmmItem& item, float* scratch) {
       return sbmm_of<DeltaType::kSparse24Int2>(item);
     case DeltaType::kSparse24Ternary:
       return sbmm_ternary(item, scratch);
+    case DeltaType::kSparse14Sign:
+      return sbmm_sign(item, scratch);
     case DeltaType::kDenseInt4:
       return sbmm_of<DeltaType::kDenseInt4>(item);
     case DeltaType::kDenseInt8:
       return sbmm_of<DeltaType::kDenseInt8>(item);
   }
+}
+
+std::int64_t sbmm_scratch_floats(const DeltaMatrix& delta) {
+  if (!has_states(delta.type)) return 0;
+  return kTableFloats + divide_up(delta.rows, kDeltaPanelRows) * kLanes * kSbmmMaxTokens;
 }
 
 }  // namespace deltazip::cpu::DZ_ISA

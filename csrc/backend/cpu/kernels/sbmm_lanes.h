@@ -20,6 +20,7 @@ DZ_INLINE NF n_zero() { return _mm512_setzero_ps(); }
 DZ_INLINE NF n_set1(float v) { return _mm512_set1_ps(v); }
 DZ_INLINE NF n_add(NF a, NF b) { return _mm512_add_ps(a, b); }
 DZ_INLINE NF n_fma(NF a, NF b, NF c) { return _mm512_fmadd_ps(a, b, c); }
+DZ_INLINE NF n_load(const float* p) { return _mm512_loadu_ps(p); }
 DZ_INLINE void n_store(float* p, NF v) { _mm512_storeu_ps(p, v); }
 DZ_INLINE NI n_load_words(const char* p) { return _mm512_loadu_si512(p); }
 DZ_INLINE NF n_load_scales(const char* p) { return load_half(p); }
@@ -57,6 +58,7 @@ DZ_INLINE NF n_zero() { return _mm256_setzero_ps(); }
 DZ_INLINE NF n_set1(float v) { return _mm256_set1_ps(v); }
 DZ_INLINE NF n_add(NF a, NF b) { return _mm256_add_ps(a, b); }
 DZ_INLINE NF n_fma(NF a, NF b, NF c) { return _mm256_fmadd_ps(a, b, c); }
+DZ_INLINE NF n_load(const float* p) { return _mm256_loadu_ps(p); }
 DZ_INLINE void n_store(float* p, NF v) { _mm256_storeu_ps(p, v); }
 DZ_INLINE NI n_load_words(const char* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -96,6 +98,7 @@ DZ_INLINE NF n_zero() { return NF{}; }
 DZ_INLINE NF n_set1(float v) { return set1(v); }
 DZ_INLINE NF n_add(NF a, NF b) { return a + b; }
 DZ_INLINE NF n_fma(NF a, NF b, NF c) { return a * b + c; }
+DZ_INLINE NF n_load(const float* p) { return load(p); }
 DZ_INLINE void n_store(float* p, NF v) { store(p, v); }
 DZ_INLINE NI n_load_words(const char* p) {
   NI v;

@@ -2,7 +2,7 @@
 // tabulated once and shared by all output rows, so a row's code is an address (as in T-MAC, 2024).
 // AVX2 has no 32-entry look-up; there a code is turned into two places and two signs.
 
-#include "backend/cpu/kernels/sbmm_lanes.h"
+#include "backend/cpu/kernels/sbmm_tables.h"
 #include "backend/cpu/kernels/table.h"
 
 namespace deltazip::cpu::DZ_ISA {
@@ -41,50 +41,44 @@ constexpr States kStateTable = make_states();
 
 #if !defined(DZ_ISA_AVX2)
 
-// All 32 sums of x[0..3].
-DZ_INLINE void make_sums(const float* x, float* sums) {
-#if defined(DZ_ISA_AVX512)
-  const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
-  for (int half = 0; half < kStates; half += kLanes) {
-    const __m512 x0 = _mm512_permutevar_ps(four, _mm512_load_si512(kStateTable.index0 + half));
-    const __m512 x1 = _mm512_permutevar_ps(four, _mm512_load_si512(kStateTable.index1 + half));
-    const __m512 sum = _mm512_mul_ps(x0, _mm512_load_ps(kStateTable.value0 + half));
-    _mm512_store_ps(sums + half,
-                    _mm512_fmadd_ps(x1, _mm512_load_ps(kStateTable.value1 + half), sum));
-  }
-#else
-  for (int i = 0; i < kStates; ++i) {
-    sums[i] = x[kStateTable.index0[i]] * kStateTable.value0[i] +
-              x[kStateTable.index1[i]] * kStateTable.value1[i];
-  }
-#endif
-}
-
 // The codes of one panel and block; code<g>() is ready to look sums up with.
-struct Codes {
-#if defined(DZ_ISA_AVX512)
-  __m512i low;
+struct TernaryCodes {
+  static constexpr DeltaType kType = DeltaType::kSparse24Ternary;
+  static constexpr int kStates = DZ_ISA::kStates;
+
+  NI low;
   const char* masks;
 
-  DZ_INLINE Codes(const char* words, const char* mask_row)
-      : low(_mm512_loadu_si512(words)), masks(mask_row) {}
+  DZ_INLINE TernaryCodes(const char* words, const char* mask_row, int)
+      : low(n_load_words(words)), masks(mask_row) {}
+
+#if defined(DZ_ISA_AVX512)
+  DZ_INLINE static void make_sums(const float* x, float* sums) {
+    const __m512 four = n_broadcast4(x);
+    for (int half = 0; half < kStates; half += kLanes) {
+      const __m512 x0 = n_pick(four, _mm512_load_si512(kStateTable.index0 + half));
+      const __m512 x1 = n_pick(four, _mm512_load_si512(kStateTable.index1 + half));
+      const __m512 sum = _mm512_mul_ps(x0, _mm512_load_ps(kStateTable.value0 + half));
+      _mm512_store_ps(sums + half, n_fma(x1, _mm512_load_ps(kStateTable.value1 + half), sum));
+    }
+  }
   template <int kGroup>
   DZ_INLINE __m512i code() const {
     std::uint16_t mask;
     std::memcpy(&mask, masks + 2 * kGroup, sizeof(mask));
-    const __m512i nibble =
-        _mm512_and_si512(_mm512_srli_epi32(low, 4 * kGroup), _mm512_set1_epi32(15));
+    const __m512i nibble = _mm512_and_si512(n_shift<4 * kGroup>(low), _mm512_set1_epi32(15));
     return _mm512_mask_or_epi32(nibble, mask, nibble, _mm512_set1_epi32(16));
   }
   DZ_INLINE static NF look_up(const float* sums, __m512i code) {
     return _mm512_permutex2var_ps(_mm512_load_ps(sums), code, _mm512_load_ps(sums + kLanes));
   }
 #else
-  U32 low;
-  const char* masks;
-
-  DZ_INLINE Codes(const char* words, const char* mask_row)
-      : low(n_load_words(words)), masks(mask_row) {}
+  DZ_INLINE static void make_sums(const float* x, float* sums) {
+    for (int i = 0; i < kStates; ++i) {
+      sums[i] = x[kStateTable.index0[i]] * kStateTable.value0[i] +
+                x[kStateTable.index1[i]] * kStateTable.value1[i];
+    }
+  }
   template <int kGroup>
   DZ_INLINE U32 code() const {
     std::uint16_t mask;
@@ -101,76 +95,12 @@ struct Codes {
 #endif
 };
 
-// Tables of a slab of blocks stay in the first-level cache while all panels pass by.
-constexpr int kTableFloats = 4096;
-constexpr int kBlockTableFloats = 8 * kStates;
-
 template <int kTokens>
-void sweep_tables(const SbmmItem& item, float* scratch) {
-  constexpr std::int64_t kSlabBlocks = kTableFloats / (kBlockTableFloats * kTokens);
-  const DeltaMatrix& delta = item.delta;
-  const DeltaLayout layout =
-      delta_layout(DeltaType::kSparse24Ternary, delta.rows, delta.columns, delta.group_size);
-  const char* data = static_cast<const char*>(delta.data);
-  const std::int64_t num_panels = item.last_panel - item.first_panel;
-  float* tables = scratch;                 // [block of slab][group][token][32]
-  float* totals = scratch + kTableFloats;  // [panel][token][16]
-  std::memset(totals, 0, sizeof(float) * static_cast<std::size_t>(num_panels * kTokens * kLanes));
-
-  for (std::int64_t slab = 0; slab < layout.num_blocks; slab += kSlabBlocks) {
-    const std::int64_t slab_end =
-        slab + kSlabBlocks < layout.num_blocks ? slab + kSlabBlocks : layout.num_blocks;
-    for (std::int64_t g = 0; g < 8 * (slab_end - slab); ++g) {
-      for (int t = 0; t < kTokens; ++t) {
-        make_sums(item.x + t * item.x_stride + slab * kDeltaBlockColumns + 4 * g,
-                  tables + (g * kTokens + t) * kStates);
-      }
-    }
-    for (std::int64_t panel = 0; panel < num_panels; ++panel) {
-      float* panel_totals = totals + panel * kTokens * kLanes;
-      F32 sums[kTokens];
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) sums[t] = load(panel_totals + t * kLanes);
-      for (std::int64_t block = slab; block < slab_end; ++block) {
-        const std::int64_t cell = block * layout.num_panels + item.first_panel + panel;
-        const Codes codes(data + cell * kWordRowBytes,
-                          data + layout.masks_offset + cell * kMaskRowBytes);
-        const float* table = tables + (block - slab) * kBlockTableFloats * kTokens;
-        F32 even[kTokens], odd[kTokens];
-        unroll<0, 4>([&]<int kPair>() __attribute__((always_inline)) {
-          const auto code0 = codes.template code<2 * kPair>();
-          const auto code1 = codes.template code<2 * kPair + 1>();
-          const float* pair_table = table + 2 * kPair * kTokens * kStates;
-#pragma GCC unroll 8
-          for (int t = 0; t < kTokens; ++t) {
-            const F32 sum0 = Codes::look_up(pair_table + t * kStates, code0);
-            const F32 sum1 = Codes::look_up(pair_table + (kTokens + t) * kStates, code1);
-            even[t] = kPair == 0 ? sum0 : add(even[t], sum0);
-            odd[t] = kPair == 0 ? sum1 : add(odd[t], sum1);
-          }
-        });
-        const std::int64_t group = block / layout.blocks_per_group;
-        const F32 scale =
-            load_half(data + layout.scales_offset +
-                      (group * layout.num_panels + item.first_panel + panel) * kScaleRowBytes);
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) sums[t] = fma(scale, add(even[t], odd[t]), sums[t]);
-      }
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) store(panel_totals + t * kLanes, sums[t]);
-    }
-  }
-  for (std::int64_t panel = 0; panel < num_panels; ++panel) {
-    alignas(64) float sums[kTokens][kLanes];
-    std::memcpy(sums, totals + panel * kTokens * kLanes, sizeof(sums));
-    const std::int64_t first_row = (item.first_panel + panel) * kDeltaPanelRows;
-    add_to_output(sums, item.num_tokens, item.y + first_row, item.y_stride, delta.rows - first_row);
-  }
+void sweep(const SbmmItem& item, float* scratch) {
+  sweep_tables<TernaryCodes, kTokens>(item, scratch);
 }
 
 #else
-
-constexpr int kTableFloats = 0;
 
 // Byte of a state: index0, index1 << 2, then the signs as places in {0, +1, -1}.
 struct PackedStates {
@@ -193,7 +123,7 @@ constexpr PackedStates pack_states() {
 constexpr PackedStates kPackedStates = pack_states();
 
 template <int kTokens>
-void sweep_tables(const SbmmItem& item, float*) {
+void sweep(const SbmmItem& item, float*) {
   const DeltaMatrix& delta = item.delta;
   const DeltaLayout layout =
       delta_layout(DeltaType::kSparse24Ternary, delta.rows, delta.columns, delta.group_size);
@@ -257,12 +187,7 @@ void sweep_tables(const SbmmItem& item, float*) {
 }  // namespace
 
 void sbmm_ternary(const SbmmItem& item, float* scratch) {
-  with_tokens(item.num_tokens, [&]<int kTokens>() { sweep_tables<kTokens>(item, scratch); });
-}
-
-std::int64_t sbmm_scratch_floats(const DeltaMatrix& delta) {
-  if (delta.type != DeltaType::kSparse24Ternary) return 0;
-  return kTableFloats + divide_up(delta.rows, kDeltaPanelRows) * kLanes * kSbmmMaxTokens;
+  with_tokens(item.num_tokens, [&]<int kTokens>() { sweep<kTokens>(item, scratch); });
 }
 
 }  // namespace deltazip::cpu::DZ_ISA

@@ -12,6 +12,7 @@ std::int64_t linear_scratch_floats(std::int64_t columns);
 void sbmm(const SbmmItem& item, float* scratch);
 std::int64_t sbmm_scratch_floats(const DeltaMatrix& delta);
 void sbmm_ternary(const SbmmItem& item, float* scratch);
+void sbmm_sign(const SbmmItem& item, float* scratch);
 void bias_add(const BiasAddParams& params, std::int64_t first, std::int64_t last);
 void rms_norm(const RmsNormParams& params, std::int64_t first, std::int64_t last);
 void silu_mul(const SiluMulParams& params, std::int64_t first, std::int64_t last);

@@ -232,6 +232,8 @@ __device__ __forceinline__ void multiply_any(const SbmmSet& set, Args&&... args)
       return multiply_parts<DeltaType::kDenseInt4>(set, args...);
     case DeltaType::kDenseInt8:
       return multiply_parts<DeltaType::kDenseInt8>(set, args...);
+    case DeltaType::kSparse14Sign:  // comes as ternary
+      return;
   }
 }
 

@@ -59,6 +59,8 @@ constexpr RecordLayout record_layout(DeltaType type, std::int64_t rows, std::int
     case DeltaType::kDenseInt8:
       layout.values_bytes = kWeights;
       break;
+    case DeltaType::kSparse14Sign:  // comes as ternary
+      break;
   }
   layout.scales_offset = layout.values_bytes + layout.indices_bytes;
   // Dense types, rare, do without a kernel for two.

@@ -223,6 +223,8 @@ void put_record(std::uint8_t* out, DeltaType type, const RecordLayout& layout, c
     case DeltaType::kDenseInt4:
     case DeltaType::kDenseInt8:
       return put_dense(out, rows, type == DeltaType::kDenseInt4);
+    case DeltaType::kSparse14Sign:  // comes as ternary
+      return;
   }
 }
 
