@@ -33,6 +33,9 @@ def command(
     group_size: Annotated[
         int, typer.Option(help="Weights that share a scale. 0: what suits the format.")
     ] = 0,
+    bits: Annotated[
+        float, typer.Option(help="With sign: bits a weight, ternary takes what is left. 0: 1.")
+    ] = 0.0,
     embedding_format: Annotated[str, typer.Option(help="int4, int8 or exact.")] = "int4",
     embedding_group_size: Annotated[int, typer.Option(help="The same, of embeddings.")] = 0,
     embedding_step: Annotated[
@@ -66,6 +69,7 @@ def command(
         settings = Settings(
             format=format_,
             group_size=group_size,
+            bits=bits,
             embedding_format=embedding_format,
             embedding_group_size=embedding_group_size,
             embedding_step=embedding_step,

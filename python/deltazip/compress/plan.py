@@ -26,8 +26,16 @@ EMBEDDING_FORMATS = {
     "exact": DeltaType.REPLACED,
 }
 # Of linears. Where codes take less than a bit a weight, scales are not to take a third as much.
-GROUP_SIZES = {"sign": 128}
+GROUP_SIZES = {"sign": 256}
 _GROUP_SIZE = 64
+# A format that may share a budget of bits with a finer one, and the budget where none is given.
+FINER = {"sign": "ternary"}
+BITS = {"sign": 1.0}
+# Which linears get the finer one first: those that lose most of their output, relative to its size.
+_FINER_FIRST = (
+    llama.MLP_OUTPUT, llama.ATTENTION_OUTPUT, "self_attn.v_proj", "self_attn.k_proj",
+    "self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj",
+)  # fmt: skip
 # Two bits leave the embedding, which is not sparse, most of the file: longer groups save there.
 EMBEDDING_GROUP_SIZES = {"int2": 192}
 _EMBEDDING_GROUP_SIZE = 64
@@ -52,6 +60,8 @@ class Settings:
             dense8.
         group_size: input features that share a scale, a multiple of 32; 0 takes what suits the
             format.
+        bits: with sign, bits of a linear layer's weight on average, scales counted: they pay for
+            ternary in as many matrices as they can. 0 takes 1, or what sign takes if that is more.
         embedding_format: int4, int8 or exact: of embeddings and an untied lm_head, dense.
         embedding_group_size: as group_size, for those.
         embedding_step: no group of an embedding is rounded finer than this share of how far its
@@ -67,6 +77,7 @@ class Settings:
 
     format: str = "int4"
     group_size: int = 0
+    bits: float = 0.0
     embedding_format: str = "int4"
     embedding_group_size: int = 0
     embedding_step: float = -1.0
@@ -86,6 +97,10 @@ class Settings:
                 f"embedding format must be one of {', '.join(EMBEDDING_FORMATS)}, got "
                 f"'{self.embedding_format}'"
             )
+        if self.bits != 0.0 and self.format not in FINER:
+            raise ValueError(f"bits are for format {', '.join(FINER)}, got '{self.format}'")
+        if not 0.0 <= self.bits <= 16.0:
+            raise ValueError(f"bits must be from 0 to 16, got {self.bits}")
         if self.group_size == 0:
             size = GROUP_SIZES.get(self.format, _GROUP_SIZE)
             object.__setattr__(self, "group_size", size)
@@ -126,20 +141,51 @@ class PlannedTensor:
     num_bytes: int
 
 
+def linear_types(shape: LlamaShape, settings: Settings) -> dict[str, DeltaType]:
+    """What every linear layer's weight becomes, by name.
+
+    Raises:
+        ValueError: the settings' bits do not pay for the coarser format.
+    """
+    tensors = shape.tensors()
+    names = [
+        f"{llama.layer_prefix(layer)}{linear}.weight"
+        for linear in _FINER_FIRST
+        for layer in reversed(range(shape.num_layers))
+    ]
+    sizes = {name: (tensors[name][0], tensors[name][1]) for name in names}
+    coarse = FORMATS[settings.format]
+    types = dict.fromkeys(sizes, coarse)
+    if settings.format not in FINER:
+        return types
+    fine, group_size = FORMATS[FINER[settings.format]], settings.group_size
+    weights = sum(rows * columns for rows, columns in sizes.values())
+    taken = 8 * sum(pack.stored_bytes(coarse, size, group_size) for size in sizes.values())
+    if settings.bits and taken > settings.bits * weights:
+        raise ValueError(
+            f"{settings.bits} bits a weight are too few: {settings.format} with groups of "
+            f"{group_size} takes {taken / weights:.4f}"
+        )
+    for name, size in sizes.items():
+        more = pack.stored_bytes(fine, size, group_size) - pack.stored_bytes(
+            coarse, size, group_size
+        )
+        if taken + 8 * more <= (settings.bits or BITS[settings.format]) * weights:
+            types[name] = fine
+            taken += 8 * more
+    return types
+
+
 def plan_tensors(base: Checkpoint, shape: LlamaShape, settings: Settings) -> list[PlannedTensor]:
     """Every tensor of the base in order of name, sized as if all of them had moved."""
-    linears = {
-        f"{llama.layer_prefix(layer)}{name}.weight"
-        for layer in range(shape.num_layers)
-        for name in llama.LINEARS
-    }
+    linears = linear_types(shape, settings)
     planned = []
     for name, info in sorted(base.tensors.items()):
         if shape.is_tied and name == llama.HEAD:
             continue
         type_, group_size = DeltaType.REPLACED, 0
         if name in linears:
-            type_, group_size = FORMATS[settings.format], settings.group_size
+            type_, group_size = linears[name], settings.group_size
         elif name in (llama.EMBEDDING, llama.HEAD):
             type_ = EMBEDDING_FORMATS[settings.embedding_format]
             group_size = settings.embedding_group_size if type_.is_matrix else 0

@@ -23,7 +23,7 @@ from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import Entry, stored_of_matrix
 from deltazip.compress.llama import LlamaForward, LlamaShape
 from deltazip.compress.pack import DeltaType
-from deltazip.compress.plan import EMBEDDING_FORMATS, FORMATS, Settings
+from deltazip.compress.plan import EMBEDDING_FORMATS, Settings, linear_types
 from deltazip.compress.solver import Factor, Solved, Spec, round_to_nearest, solve
 from deltazip.compress.stored import Stored
 from deltazip.compress.workspace import Workspace
@@ -106,7 +106,7 @@ class Run:
         self.batches = make_batches(lengths, settings.batch_tokens, self.prefix)
         self.num_rows = self.batches[-1].end
         self.forward = LlamaForward(shape, max(len(ids) for ids in sequences), device)
-        self.spec = Spec(FORMATS[settings.format], settings.group_size)
+        self.types = linear_types(shape, settings)
 
     def all_pieces(self, names: set[str]) -> None:
         """Makes every piece that the workspace lacks. `names`: all tensors of the base."""
@@ -214,7 +214,8 @@ class Run:
                     continue
                 factor = factor or Factor(sums.value(), self.settings.damping)
                 try:
-                    solved = solve(self.delta(before, wanted, sums, factor), factor, self.spec)
+                    spec = Spec(self.types[prefix + short], self.settings.group_size)
+                    solved = solve(self.delta(before, wanted, sums, factor), factor, spec)
                 except ValueError as error:
                     raise CompressError(f"tensor '{prefix}{short}': {error}") from error
                 piece.matrix(prefix + short, solved)

@@ -14,8 +14,8 @@ from deltazip.compress import activations, calibration, llama, pipeline
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import FILE_NAME, DeltaFile, DeltaFileError
 from deltazip.compress.export import export
-from deltazip.compress.pack import DeltaType
-from deltazip.compress.plan import Settings
+from deltazip.compress.pack import DeltaType, stored_bytes
+from deltazip.compress.plan import Settings, linear_types
 from reference import load
 from safetensors.torch import load_file, save_file
 
@@ -371,6 +371,8 @@ def test_settings_are_checked() -> None:
     for wrong, message in (
         ({"format": "int3"}, "one of int4, int2, ternary, sign, dense4, dense8, got 'int3'"),
         ({"group_size": 50}, "multiple of 32, got 50"),
+        ({"format": "int4", "bits": 1.0}, "bits are for format sign, got 'int4'"),
+        ({"format": "sign", "bits": -1.0}, "bits must be from 0 to 16, got -1"),
         ({"embedding_format": "ternary"}, "one of int4, int8, exact"),
         ({"damping": 0.0}, "damping must be in"),
         ({"correction": 1.5}, r"correction must be in \[0, 1\], got 1.5"),
@@ -378,6 +380,51 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Settings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [0.0, 1.65, 1.8, 2.0, 3.0])
+def test_bits_pay_for_ternary_where_most_is_lost(bits: float, pair: tuple[Path, Path]) -> None:
+    shape = llama.LlamaShape(Checkpoint(pair[0]))
+    types = linear_types(shape, Settings(format="sign", group_size=32, bits=bits))
+    sizes = {name: size for name, size in shape.tensors().items() if name in types}
+    assert len(sizes) == len(llama.LINEARS) * shape.num_layers
+    taken = sum(8 * stored_bytes(types[n], (s[0], s[1]), 32) for n, s in sizes.items())
+    weights = sum(s[0] * s[1] for s in sizes.values())
+    alone = sum(8 * stored_bytes(DeltaType.SPARSE14_SIGN, (s[0], s[1]), 32) for s in sizes.values())
+    fine = {name for name, type_ in types.items() if type_ is DeltaType.SPARSE24_TERNARY}
+    if bits == 0.0:  # sign alone takes more than one bit in groups as short as these
+        assert not fine
+        assert taken == alone > weights
+        return
+    assert taken <= bits * weights
+    assert (len(fine) == len(types)) == (bits == 3.0)
+    assert bits < 2.0 or fine >= {name for name in sizes if "down_proj" in name}
+    for name in types.keys() - fine:  # nothing is left that would pay for one more
+        rows, columns = sizes[name]
+        assert taken + rows * -(-columns // 32) * 8 * 2 > bits * weights
+
+
+def test_too_few_bits_are_refused(pair: tuple[Path, Path]) -> None:
+    shape = llama.LlamaShape(Checkpoint(pair[0]))
+    with pytest.raises(ValueError, match=r"0\.9 bits a weight are too few: sign with groups of 32"):
+        linear_types(shape, Settings(format="sign", group_size=32, bits=0.9))
+
+
+def test_sign_and_ternary_in_one_delta(
+    tmp_path: Path, pair: tuple[Path, Path], samples: Path
+) -> None:
+    settings = Settings(format="sign", group_size=32, bits=1.8, num_samples=40)
+    compress(pair, tmp_path / "out", samples, settings=settings)
+    file = DeltaFile(tmp_path / "out")
+    file.verify()
+    types = linear_types(llama.LlamaShape(Checkpoint(pair[0])), settings)
+    assert len(set(types.values())) == 2
+    assert {name: file.entries[name].type for name in types} == types
+    # A single matrix in more bits loses less of its own.
+    errors = file.manifest["compressor"]["report"]["tensors"]
+    of = {t: [errors[n]["error"] for n in types if types[n] is t] for t in set(types.values())}
+    coarse, fine = of[DeltaType.SPARSE14_SIGN], of[DeltaType.SPARSE24_TERNARY]
+    assert sum(fine) / len(fine) < sum(coarse) / len(coarse)
 
 
 @pytest.mark.parametrize("format_", ["int4", "int8", "exact"])
