@@ -44,6 +44,8 @@ void bind_engine(pybind11::module_& module) {
            Unlocked())
       .def("stats", &Engine::stats, Unlocked())
       .def("capacity", &Engine::capacity, Unlocked())
+      .def("set_prefill_chunk_tokens", &Engine::set_prefill_chunk_tokens, py::arg("num_tokens"),
+           Unlocked())
       .def("config", [](const Engine& self) { return self.config(); })
       .def("base_digest", &Engine::base_digest)
       .def("model_config_json", &Engine::model_config_json)

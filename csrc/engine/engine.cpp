@@ -108,6 +108,13 @@ std::int32_t Engine::vocab_size() const {
 }
 std::string Engine::device_description() const { return impl_->resources.backend->description(); }
 
+void Engine::set_prefill_chunk_tokens(std::int32_t num_tokens) {
+  engine::check_prefill_chunk_tokens(num_tokens);
+  const bool has_run =
+      impl_->desk.call([this, num_tokens] { impl_->loop.set_prefill_chunk_tokens(num_tokens); });
+  DZ_INTERNAL(has_run, "the engine has stopped");
+}
+
 void Engine::check() const {
   if (impl_->desk.call([this] { impl_->loop.check(); })) return;
   const std::string failure = impl_->desk.stats().failure;

@@ -214,6 +214,10 @@ void Loop::end(const std::string& failure) {
   outbox_.close();
 }
 
+void Loop::set_prefill_chunk_tokens(std::int32_t num_tokens) {
+  scheduler_.set_prefill_chunk_tokens(num_tokens);
+}
+
 void Loop::check() const {
   scheduler_.check();
   requests_.check();

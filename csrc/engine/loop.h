@@ -31,6 +31,7 @@ class Loop {
 
   void join();         // after FrontDesk::stop()
   void check() const;  // on the engine's thread, or after join()
+  void set_prefill_chunk_tokens(std::int32_t num_tokens);  // on the engine's thread
 
  private:
   using Finish = OutputEvent::Finish;

@@ -38,7 +38,7 @@ void check_config(const EngineConfig& config) {
   check_range("max_batch_tokens", config.max_batch_tokens, 0, 1 << 17);
   check_range("max_batch_sequences", config.max_batch_sequences, 0, 1 << 16);
   check_range("max_variants_per_batch", config.max_variants_per_batch, 0, 4096);
-  check_range("prefill_chunk_tokens", config.prefill_chunk_tokens, 0, 1 << 17);
+  check_prefill_chunk_tokens(config.prefill_chunk_tokens);
   check_range("max_waiting", config.max_waiting, 1, 1 << 24);
   check_range("max_model_len", config.max_model_len, 0, 1 << 28);
   check_range("max_variant_wait_steps", config.max_variant_wait_steps, 1, 1 << 24);
@@ -124,6 +124,10 @@ auto make_part(const char* what, const Make& make) {
 }
 
 }  // namespace
+
+void check_prefill_chunk_tokens(std::int32_t num_tokens) {
+  check_range("prefill_chunk_tokens", num_tokens, 0, 1 << 17);
+}
 
 Resources::Resources(const EngineConfig& requested, const LogSink& log,
                      std::unique_ptr<Backend> device)

@@ -41,4 +41,6 @@ struct Resources {
   std::unique_ptr<DeltaCache> deltas;
 };
 
+void check_prefill_chunk_tokens(std::int32_t num_tokens);
+
 }  // namespace deltazip::engine

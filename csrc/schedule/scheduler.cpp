@@ -30,15 +30,14 @@ Scheduler::Impl::Impl(const SchedulerConfig& given)
   at_least_one(config.max_waiting, "max_waiting");
   at_least_one(config.max_model_len, "max_model_len");
   at_least_one(config.max_variant_wait_steps, "max_variant_wait_steps");
-  DZ_CHECK(config.prefill_chunk_tokens >= 0,
-           "scheduler: prefill_chunk_tokens must be at least 1, or 0 for no limit, got ",
-           config.prefill_chunk_tokens);
   DZ_CHECK(max_logit_rows >= max_running, "scheduler: max_batch_logit_rows must be at least ",
            max_running, ", one for each sequence of a step, got ", max_logit_rows);
   variants.emplace(kBaseVariant, std::make_unique<ScheduledVariant>());
 }
 
-Scheduler::Scheduler(const SchedulerConfig& config) : impl_(std::make_unique<Impl>(config)) {}
+Scheduler::Scheduler(const SchedulerConfig& config) : impl_(std::make_unique<Impl>(config)) {
+  set_prefill_chunk_tokens(config.prefill_chunk_tokens);
+}
 Scheduler::~Scheduler() = default;
 
 void Scheduler::add_variant(VariantId id, std::int64_t num_bytes) {
@@ -168,6 +167,14 @@ void Scheduler::cancel(SequenceId id) {
 
 bool Scheduler::has(SequenceId id) const { return impl_->sequences.contains(id); }
 bool Scheduler::has_work() const { return !impl_->sequences.empty(); }
+
+void Scheduler::set_prefill_chunk_tokens(std::int32_t num_tokens) {
+  DZ_CHECK(num_tokens >= 0,
+           "scheduler: prefill_chunk_tokens must be at least 1, or 0 for no limit, "
+           "got ",
+           num_tokens);
+  impl_->prefill_chunk_tokens = num_tokens;
+}
 
 void Scheduler::delta_loaded(SlotId slot) { impl_->end_load(slot, true); }
 

@@ -132,6 +132,7 @@ struct Scheduler::Impl {
   const SchedulerConfig config;
   const std::int32_t max_running;     // sequences of one step
   const std::int32_t max_logit_rows;  // at least one for each of them
+  std::int32_t prefill_chunk_tokens = 0;
   BlockAllocator allocator;
   DeltaSlots slots;
   std::unordered_map<VariantId, std::unique_ptr<ScheduledVariant>> variants;

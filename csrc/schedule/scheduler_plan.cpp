@@ -161,8 +161,8 @@ void Scheduler::Impl::displace_by_priority(Plan& plan) {
 // always have all others preempted, so it always advances.
 void Scheduler::Impl::schedule_running(Plan& plan) {
   const auto decodes = [this](const Sequence* sequence) { return num_remaining(*sequence) == 1; };
-  const bool is_limited = config.prefill_chunk_tokens > 0 && std::ranges::any_of(running, decodes);
-  prefill_rows_left = is_limited ? config.prefill_chunk_tokens : kNoLimit;
+  const bool is_limited = prefill_chunk_tokens > 0 && std::ranges::any_of(running, decodes);
+  prefill_rows_left = is_limited ? prefill_chunk_tokens : kNoLimit;
   for (std::size_t i = 0; i < running.size(); ++i) {
     const std::int32_t num_places = max_running - static_cast<std::int32_t>(plan.chunks.size());
     if (num_places <= 0) break;

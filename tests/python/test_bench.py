@@ -30,7 +30,7 @@ def test_every_mode_on_random_weights(tmp_path: Path) -> None:
         "--format", "ternary", "--embedding-format", "int4", "--distinct", 2,
         "--mix", "base,even,zipf:4", "--batch", "2,3", "--prompt", 40, "--output", 64,
         "--prefill-prompt", 64, "--requests", 24, "--rounds", 2, "--json", out,
-        "--workdir", tmp_path / "files", "--prefill-chunk", 16,
+        "--workdir", tmp_path / "files", "--prefill-chunk", "16,0",
     )  # fmt: skip
     assert status == 0, errors
     for mode in ("latency", "prefill", "throughput", "load"):
@@ -44,7 +44,9 @@ def test_every_mode_on_random_weights(tmp_path: Path) -> None:
     assert report["subject"]["variants_resident"] == 6
     assert report["subject"]["distinct_files"] == 2
     counts = Counter(result["mode"] for result in report["results"])
-    assert counts == {"latency": 6, "prefill": 3, "throughput": 3, "load": 3}
+    assert counts == {"latency": 6, "prefill": 3, "throughput": 3, "load": 6}
+    loads = [result for result in report["results"] if result["mode"] == "load"]
+    assert [result["prefill_chunk"] for result in loads] == [16, 0] * 3
     prompts, outputs = lognormal_lengths(24)
     for result in report["results"]:
         if result["mode"] == "latency":
@@ -60,7 +62,6 @@ def test_every_mode_on_random_weights(tmp_path: Path) -> None:
             assert 0 < result["seconds"]["min"] <= sum(outputs) / rate * 1.01
         if result["mode"] == "load":
             assert result["first_token_ms"]["median"] > result["load_ms"]["median"] >= 0
-            assert result["prefill_chunk"] == 16
             for when in ("quiet", "arrival"):
                 p50, p99, most = (result[f"others_{when}_{k}_ms"] for k in ("p50", "p99", "max"))
                 assert 0 <= p50 <= p99 <= most
@@ -129,6 +130,10 @@ def test_too_little_space_is_said() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["load", "--shape", "tiny", "--prefill-chunk", "16,-1"],
+            "--prefill-chunk: expected numbers from 0 on, as in 0,8,32, got '16,-1'",
+        ),
         (["speed", "--shape", "tiny"], "mode must be one of latency, prefill, throughput, load"),
         (["latency"], "name either --base FOLDER or --shape NAME"),
         (["latency", "--shape", "llama-9"], "--shape: expected one of llama-2-7b"),

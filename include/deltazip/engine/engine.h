@@ -143,7 +143,10 @@ class Engine {
 
   EngineStats stats() const;
   std::vector<CapacityRow> capacity() const;
-  const EngineConfig& config() const;  // with every 0 and "auto" resolved
+  // As EngineConfig has it, from the next step on. Waits for the end of the step.
+  void set_prefill_chunk_tokens(std::int32_t num_tokens);
+  // As it started, with every 0 and "auto" resolved.
+  const EngineConfig& config() const;
   std::string base_digest() const;
   std::string model_config_json() const;
   std::int32_t vocab_size() const;

@@ -109,6 +109,8 @@ class Scheduler {
   void cancel(SequenceId id);  // waiting or running; blocks come back now. Unknown ids are ignored
   bool has(SequenceId id) const;
   bool has_work() const;  // anything waiting or running
+  // From the next plan on, as SchedulerConfig has it.
+  void set_prefill_chunk_tokens(std::int32_t num_tokens);
 
   void delta_loaded(SlotId slot);
   // The sequences that waited for it are dropped and named, for the engine to fail.

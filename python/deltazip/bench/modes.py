@@ -31,6 +31,8 @@ class Plan:
     Attributes:
         batches: requests at once in latency mode; load mode takes the first.
         rounds: measured repetitions, after one that only warms up.
+        prefill_chunks: limits of prompt tokens in a step that also decodes, 0 for none; load mode
+            compares them, the others take the first.
     """
 
     batches: Sequence[int]
@@ -41,6 +43,7 @@ class Plan:
     num_requests: int
     rounds: int
     seed: int
+    prefill_chunks: Sequence[int] = (0,)
 
 
 def longest_request(plan: Plan, modes: Sequence[str]) -> int:
@@ -188,6 +191,15 @@ def throughput(session: Session, plan: Plan, mix: Mix) -> list[Result]:
 def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
     """A variant that lies in host memory, to its first token, while others decode; and what the
     others feel: their gaps between tokens until then, beside those just before."""
+    results = []
+    for chunk in plan.prefill_chunks:
+        session.engine.set_prefill_chunk_tokens(chunk)
+        results.append(_load(session, plan, mix, chunk))
+    session.engine.set_prefill_chunk_tokens(plan.prefill_chunks[0])
+    return results
+
+
+def _load(session: Session, plan: Plan, mix: Mix, chunk: int) -> Result:
     rng = random.Random(plan.seed)
     vocab = session.engine.vocab_size()
     batch = plan.batches[0]
@@ -246,22 +258,20 @@ def load(session: Session, plan: Plan, mix: Mix) -> list[Result]:
     session.cancel_all()
     if not quiet or not arrival:
         raise ValueError("the others made no token while a variant was loaded; lower --batch")
-    return [
-        {
-            "mode": "load",
-            "mix": mix.name,
-            "batch": batch,
-            "prompt": plan.prompt,
-            "prefill_chunk": session.engine.config().prefill_chunk_tokens,
-            "rounds": plan.rounds,
-            "first_token_ms": spread(first),
-            "load_ms": spread(loads),
-            **_gap_percentiles("others_quiet", quiet),
-            **_gap_percentiles("others_arrival", arrival),
-            "p99_ratio": round(percentile(arrival, 0.99) / max(percentile(quiet, 0.99), 1e-9), 3),
-            "others_loading_max_ms": round(1e3 * max(loading), 3) if loading else None,
-        }
-    ]
+    return {
+        "mode": "load",
+        "mix": mix.name,
+        "batch": batch,
+        "prompt": plan.prompt,
+        "prefill_chunk": chunk,
+        "rounds": plan.rounds,
+        "first_token_ms": spread(first),
+        "load_ms": spread(loads),
+        **_gap_percentiles("others_quiet", quiet),
+        **_gap_percentiles("others_arrival", arrival),
+        "p99_ratio": round(percentile(arrival, 0.99) / max(percentile(quiet, 0.99), 1e-9), 3),
+        "others_loading_max_ms": round(1e3 * max(loading), 3) if loading else None,
+    }
 
 
 def _gap_percentiles(prefix: str, gaps: Sequence[float]) -> Result:

@@ -51,9 +51,9 @@ def command(
         float, typer.Option(help="GB for weights, slots and KV; 0: the engine's choice.")
     ] = 0.0,
     prefill_chunk: Annotated[
-        int | None,
-        typer.Option(help="Prompt tokens of a step that also decodes; 0: no limit."),
-    ] = None,
+        str,
+        typer.Option(help="Prompt tokens of a step that also decodes, a list for load; 0: all."),
+    ] = "",
     engine: Annotated[
         list[str] | None, typer.Option(help="FIELD=VALUE of EngineConfig, repeatable.")
     ] = None,
@@ -80,10 +80,13 @@ def command(
         }
         delta = DeltaOptions(format_, group_size, embedding_format, distinct)
         subject = Subject(base, shape, real, variants, delta)
+        options = _engine_options(engine or [])
+        chunks = prefill_chunk or str(options.get("prefill_chunk_tokens", 0))
         plan = Plan(
             _numbers("--batch", batch), prompt, output, prefill_batch, prefill_prompt, requests,
-            rounds, seed,
+            rounds, seed, _numbers("--prefill-chunk", chunks, least=0),
         )  # fmt: skip
+        options["prefill_chunk_tokens"] = plan.prefill_chunks[0]
         _check_positive(
             prompt=prompt, output=output, prefill_batch=prefill_batch, rounds=rounds,
             prefill_prompt=prefill_prompt, requests=requests, distinct=distinct,
@@ -91,11 +94,8 @@ def command(
         count = subject.num_variants(modes)
         texts = (mix or ("even" if count else "base")).split(",")
         mixes = [Mix.parse(text, count) for text in texts]
-        options = _engine_options(engine or [])
         if memory_budget:
             options["memory_budget_bytes"] = int(memory_budget * 1e9)
-        if prefill_chunk is not None:
-            options["prefill_chunk_tokens"] = prefill_chunk
 
         with work_folder(workdir, file_bytes(subject, modes)) as folder:
             setup = open_session(subject, plan, modes, folder, device, options, _say)
@@ -118,13 +118,15 @@ def _say(text: str) -> None:
     console.print(f"[dim]{text}[/]", highlight=False)
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or min(values) < 1:
-        raise ValueError(f"{option}: expected numbers from 1 on, as in 1,8,32, got '{text}'")
+    if not values or min(values) < least:
+        raise ValueError(
+            f"{option}: expected numbers from {least} on, as in {least},8,32, got '{text}'"
+        )
     return values
 
 

@@ -156,5 +156,16 @@ TEST(BadInput, VariantsAreRefusedAndTheNameStaysFree) {
   EXPECT_EQ(test::ask_one(engine, make_request(1, "good", {1, 2}, 3)).tokens.size(), 3u);
 }
 
+TEST(BadInput, TheLimitOfPromptRowsIsCheckedAndNeedsAnEngineThatRuns) {
+  TinyHouse house;
+  Engine engine(house.config(), test::silent);
+  EXPECT_THROW(engine.set_prefill_chunk_tokens(-1), InvalidArgument);
+  EXPECT_THROW(engine.set_prefill_chunk_tokens((1 << 17) + 1), InvalidArgument);
+  engine.set_prefill_chunk_tokens(1);
+  EXPECT_EQ(test::ask_one(engine, make_request(1, "", {1, 2, 3}, 4)).tokens.size(), 4u);
+  engine.shutdown();
+  EXPECT_THROW(engine.set_prefill_chunk_tokens(0), InternalError);
+}
+
 }  // namespace
 }  // namespace deltazip

@@ -76,6 +76,7 @@ TEST_F(MixedBatch, EqualsEachAlone) {
     config.max_model_len = 76;
     config.max_batch_tokens = 20;
     config.num_delta_slots = 1;  // the variants take turns
+    config.prefill_chunk_tokens = seed == 2 ? 6 : 0;
     const std::int64_t block_bytes = 2 * 2 * 2 * config.block_size * 8 * 4;
     config.kv_cache_bytes = 29 * block_bytes;  // a longest sequence and a half
     Engine engine(config, test::silent);
@@ -89,6 +90,7 @@ TEST_F(MixedBatch, EqualsEachAlone) {
       // A burst that the cache cannot hold, then stragglers.
       if (request.id < 16) continue;
       std::this_thread::sleep_for(std::chrono::microseconds(random() % 3000));
+      if (seed == 3) engine.set_prefill_chunk_tokens(static_cast<std::int32_t>(random() % 8));
     }
     test::collect(engine, num_choices, mixed);
     ASSERT_EQ(mixed.size(), alone.size());

@@ -100,6 +100,8 @@ TEST_P(SchedulerWalk, EveryTokenIsComputedOnceInItsRightContext) {
       } else if (action == 18 && draw(4) == 0) {
         add_variant();
         leaving.push_back(1 + draw(next_variant - 1));
+      } else if (action == 19 && setting.config.prefill_chunk_tokens > 0) {
+        engine.set_prefill_chunk_tokens(draw(2 * setting.config.prefill_chunk_tokens));
       }
       std::erase_if(leaving, [&](VariantId v) { return engine.try_remove_variant(v); });
     };

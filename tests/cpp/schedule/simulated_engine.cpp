@@ -98,6 +98,11 @@ void SimulatedEngine::cancel(SequenceId id) {
   check();
 }
 
+void SimulatedEngine::set_prefill_chunk_tokens(std::int32_t num_tokens) {
+  config_.prefill_chunk_tokens = num_tokens;
+  scheduler_.set_prefill_chunk_tokens(num_tokens);
+}
+
 bool SimulatedEngine::can_fork(SequenceId parent) const {
   const Sequence& sequence = sequences_.at(parent);
   if (sequence.tokens.size() > sequence.request.prompt.size()) return true;

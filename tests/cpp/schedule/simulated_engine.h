@@ -37,6 +37,7 @@ class SimulatedEngine {
   bool try_remove_variant(VariantId variant);
   void submit(const Request& request);
   void cancel(SequenceId id);
+  void set_prefill_chunk_tokens(std::int32_t num_tokens);
   // One choice more of a request that sampled before, or is sampling in the plan under way.
   void fork(SequenceId parent, SequenceId child, std::uint64_t seed);
   bool can_fork(SequenceId parent) const;
