@@ -21,6 +21,7 @@ from deltazip.compress.export import copy_companions
 from deltazip.compress.llama import LlamaShape
 from deltazip.compress.pack import DeltaType
 from deltazip.compress.plan import Settings, check_pair
+from deltazip.compress.replays import Replays
 from deltazip.compress.scoring.candidates import SIZE_FILE, is_linear
 from deltazip.compress.solver import Spec, round_to_nearest
 from deltazip.compress.stored import Stored, dtype_name, tensor_bytes, write_safetensors
@@ -156,20 +157,19 @@ class Walk(Run):
                     dense = dense + self.models.base.read(name).float()
                 running[name.removeprefix(prefix)] = dense.to(self.device)
 
-        which = int(self.workspace.get("hidden", 0))
         with (
-            self.hidden_file(which, keep=True) as hidden,
-            self.hidden_file(1 - which, keep=False) as after,
-            self.mixed_file() as mixed,
+            self.hidden_states(self.which, keep=True) as hidden,
+            self.hidden_states(1 - self.which, keep=False) as after,
+            self.mixed_states() as mixed,
         ):
             self.walk(running, settle, lambda number, what: None, hidden, mixed, after)
             after.sync()
-        self.workspace.put(hidden=1 - which)
+        self.which = 1 - self.which
 
 
 def _context(options: Options) -> Context:
     generator = torch.Generator().manual_seed(options.seed)
-    return Context(torch.empty(0, 0), generator, options.damping)
+    return Context(torch.empty(0, 0), generator, options.damping, Replays())
 
 
 def _encode(

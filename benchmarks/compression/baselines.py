@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from artifact import Coded, Codes, LowRank, Plain, Sparse
-from deltazip.compress.solver import Factor
+from deltazip.compress.factor import Factor
+from deltazip.compress.replays import Replays
 from torch import Tensor
 
 GROUP_SIZE = 64
@@ -29,11 +31,13 @@ class Context(NamedTuple):
         hessian: [columns, columns], 2/n * sum(x x^T) of the real inputs; empty if not asked for.
         generator: of the run's seed, on the CPU.
         damping: share of the Hessian's mean diagonal that is added to it.
+        replays: of error feedback, kept over all matrices.
     """
 
     hessian: Tensor
     generator: torch.Generator
     damping: float
+    replays: Replays
 
 
 Encode = Callable[[Sequence[Tensor], Context], Sequence[Coded]]
@@ -158,6 +162,7 @@ def sweep(
     weights: Tensor,
     upper: Tensor,
     grid: tuple[Tensor, Tensor, Tensor | int] | None,
+    replays: Replays,
     *,
     prune: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,6 +173,7 @@ def sweep(
         upper: the Cholesky factor U of the inverse Hessian, U^T U, [columns, columns].
         grid: scales and zeros [rows, columns], and the highest code of all or of each column; None
             leaves kept weights as they are, in fp16.
+        replays: kept from call to call.
         prune: 2:4, by w^2 / U_jj^2 at the time a group of four is reached.
 
     Returns:
@@ -176,35 +182,45 @@ def sweep(
     Source: Frantar et al., GPTQ (2022), algorithm 1; Frantar & Alistarh, SparseGPT (2023), sections
     3.3 to 3.5.
     """
-    rows, columns = weights.shape
-    work, values = weights.clone(), torch.zeros_like(weights)
-    codes = torch.zeros_like(weights)
-    kept = torch.ones((rows, columns), dtype=torch.bool, device=weights.device)
-    diagonal = upper.diagonal()
+    work = weights.clone()
+    columns = weights.shape[1]
+    done: list[tuple[Tensor, ...]] = []
     for begin in range(0, columns, _BLOCK_COLUMNS):
-        end = min(begin + _BLOCK_COLUMNS, columns)
-        block, errors = work[:, begin:end].clone(), torch.zeros_like(work[:, begin:end])
-        for column in range(begin, end):
-            local = column - begin
-            if prune and column % 4 == 0:
-                score = (
-                    block[:, local : local + 4].square() / diagonal[column : column + 4].square()
-                )
-                kept[:, column : column + 4] = two_of_four(score)
-            current = block[:, local]
-            if grid is None:
-                value = current.half().float()
-            else:
-                scale, zero = grid[0][:, column], grid[1][:, column]
-                top = grid[2] if isinstance(grid[2], int) else grid[2][column]
-                codes[:, column] = nearest(current, scale, zero, top)
-                value = (codes[:, column] - zero) * scale
-            values[:, column] = value * kept[:, column]
-            error = (current - values[:, column]) / diagonal[column]
-            errors[:, local] = error
-            block[:, local + 1 :] -= error[:, None] * upper[column, column + 1 : end]
-        work[:, end:] -= errors @ upper[begin:end, end:]
+        here = slice(begin, min(begin + _BLOCK_COLUMNS, columns))
+        levels: tuple[Tensor, ...] = ()
+        if grid is not None:
+            tops = torch.as_tensor(grid[2], device=weights.device).expand(columns)
+            levels = (grid[0][:, here], grid[1][:, here], tops[here])
+        block = (work[:, here], upper[here, here], *levels)
+        *chosen, errors = replays.run(partial(_sweep_block, prune), ("sweep", prune), *block)
+        done.append(tuple(part.clone() for part in chosen))
+        work[:, here.stop :] -= errors @ upper[here, here.stop :]
+    codes, values, kept = (torch.cat(parts, dim=1) for parts in zip(*done, strict=True))
     return codes, values, kept
+
+
+def _sweep_block(
+    prune: bool, block: Tensor, upper: Tensor, *levels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some neighbouring columns: codes, values, what is kept, errors for the columns after."""
+    block, diagonal = block.clone(), upper.diagonal()
+    codes, values, errors = (torch.zeros_like(block) for _ in range(3))
+    kept = torch.ones(block.shape, dtype=torch.bool, device=block.device)
+    for column in range(block.shape[1]):
+        if prune and column % 4 == 0:
+            four = slice(column, column + 4)
+            kept[:, four] = two_of_four(block[:, four].square() / diagonal[four].square())
+        current = block[:, column]
+        value = current.half().float()
+        if levels:
+            scale, zero, top = levels[0][:, column], levels[1][:, column], levels[2][column]
+            codes[:, column] = nearest(current, scale, zero, top)
+            value = (codes[:, column] - zero) * scale
+        values[:, column] = value * kept[:, column]
+        error = (current - values[:, column]) / diagonal[column]
+        errors[:, column] = error
+        block[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+    return codes, values, kept, errors
 
 
 def _upper(hessian: Tensor, damping: float) -> Tensor:
@@ -244,14 +260,14 @@ def sparse_gpt(
     columns = stacked.shape[1]
     upper = _upper(context.hessian, context.damping)
     if bits is None:
-        _, values, kept = sweep(stacked, upper, None, prune=True)
+        _, values, kept = sweep(stacked, upper, None, context.replays, prune=True)
         heights = _heights(weights)
         parts = (torch.split(part.cpu(), heights) for part in (values.half(), kept))
         return [Sparse(value, mask) for value, mask in zip(*parts, strict=True)]
     group = group_size or columns
     grid = fit_grid(stacked, bits, group, symmetric=True, search=search)
     levels = (*grid.expanded(group, columns), 2**bits - 1)
-    codes, _, kept = sweep(stacked, upper, levels, prune=True)
+    codes, _, kept = sweep(stacked, upper, levels, context.replays, prune=True)
     return grid.codes(codes * kept, kept).split(_heights(weights))
 
 
@@ -263,7 +279,7 @@ def gptq(weights: Sequence[Tensor], context: Context, *, bits: int) -> list[Code
     grid = fit_grid(stacked, bits, GROUP_SIZE, symmetric=False, search=True)
     scales, zeros = grid.expanded(GROUP_SIZE, stacked.shape[1])
     levels = (scales[:, order], zeros[:, order], 2**bits - 1)
-    codes, _, _ = sweep(stacked[:, order], upper, levels, prune=False)
+    codes, _, _ = sweep(stacked[:, order], upper, levels, context.replays, prune=False)
     return grid.codes(codes[:, order.argsort()]).split(_heights(weights))
 
 
@@ -359,7 +375,7 @@ def _mixed_rank(weight: Tensor, upper: Tensor, context: Context, bits: float) ->
     for (width, _), part in zip(classes, torch.split(right, counts), strict=True):
         grid = fit_grid(part, width, GROUP_SIZE, symmetric=False, search=True)
         levels = (*grid.expanded(GROUP_SIZE, columns), 2**width - 1)
-        rights.append(grid.codes(sweep(part, upper, levels, prune=False)[0]))
+        rights.append(grid.codes(sweep(part, upper, levels, context.replays, prune=False)[0]))
     seen = torch.cat([part.dense() for part in rights]).to(weight.device)
     inner = seen @ context.hessian @ seen.mT
     inner = torch.nn.functional.pad(inner, (0, -rank % 4, 0, -rank % 4))
@@ -371,7 +387,9 @@ def _mixed_rank(weight: Tensor, upper: Tensor, context: Context, bits: float) ->
     expanded = [grid.expanded(GROUP_SIZE, rows) for grid in grids]
     scales, zeros = (torch.cat([pair[i] for pair in expanded]).mT for i in range(2))
     top = torch.cat([torch.full((n,), 2.0**w - 1, device=weight.device) for w, n in classes])
-    codes, _, _ = sweep(left.mT.contiguous(), upper_inner, (scales, zeros, top), prune=False)
+    codes, _, _ = sweep(
+        left.mT.contiguous(), upper_inner, (scales, zeros, top), context.replays, prune=False
+    )
     lefts = [
         grid.codes(part) for grid, part in zip(grids, torch.split(codes.mT, counts), strict=True)
     ]

@@ -50,6 +50,9 @@ def command(
     correction: Annotated[
         float, typer.Option(help="Share of earlier errors to make up for, 0 to 1.")
     ] = 1.0,
+    lengthening: Annotated[
+        float, typer.Option(help="Share of the length lost in compression to add beforehand.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Which calibration sequences are taken.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
@@ -78,6 +81,7 @@ def command(
             max_length=max_length,
             damping=damping,
             correction=correction,
+            lengthening=lengthening,
             seed=seed,
         )
         if dry_run:

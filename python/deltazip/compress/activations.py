@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -96,8 +97,50 @@ class ActivationFile:
         self._file.close()
 
 
-class Streams:
-    """The compressed model's hidden states and the fine-tune's own, a file of each."""
+class Streams(Protocol):
+    """The compressed model's hidden states and the fine-tune's own."""
+
+    width: int
+
+    def read(self, batch: Batch, device: torch.device, count: int = 2) -> list[Tensor]:
+        """The compressed model's rows and, if `count` is 2, the fine-tune's; the caller's own."""
+        ...
+
+    def write(self, batch: Batch, rows: Sequence[Tensor]) -> None:
+        """rows: as `read` gives them, one or two."""
+        ...
+
+    def sync(self) -> None: ...
+    def __enter__(self) -> Streams: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+class MemoryStreams:
+    """Streams [rows, width] in a device's memory."""
+
+    def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
+        self.width = width
+        self._rows = [torch.zeros((num_rows, width), device=device) for _ in range(2)]
+
+    def read(self, batch: Batch, device: torch.device, count: int = 2) -> list[Tensor]:
+        return [rows[batch.begin : batch.end].to(device, copy=True) for rows in self._rows[:count]]
+
+    def write(self, batch: Batch, rows: Sequence[Tensor]) -> None:
+        for ours, own in zip(self._rows, rows, strict=False):
+            ours[batch.begin : batch.end] = own
+
+    def sync(self) -> None:
+        """There is nothing to wait for."""
+
+    def __enter__(self) -> MemoryStreams:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """They stay for whoever holds them."""
+
+
+class FileStreams:
+    """Streams on the disk, a file of each."""
 
     def __init__(self, path: Path, num_rows: int, width: int, *, keep: bool = False) -> None:
         self.width = width
@@ -107,11 +150,9 @@ class Streams:
         ]
 
     def read(self, batch: Batch, device: torch.device, count: int = 2) -> list[Tensor]:
-        """The compressed model's rows and, if `count` is 2, the fine-tune's."""
         return [file.read(batch, device) for file in self._files[:count]]
 
     def write(self, batch: Batch, rows: Sequence[Tensor]) -> None:
-        """rows: as `read` gives them, one or two."""
         for file, own in zip(self._files, rows, strict=False):
             file.write(batch, own)
 
@@ -119,7 +160,7 @@ class Streams:
         for file in self._files:
             file.sync()
 
-    def __enter__(self) -> Streams:
+    def __enter__(self) -> FileStreams:
         return self
 
     def __exit__(self, *error: object) -> None:

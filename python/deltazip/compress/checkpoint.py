@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,9 @@ class Checkpoint:
     def digest(self) -> str:
         """`base_digest` of docs/delta_format.md: the identity of all the weights, hex."""
         sha = hashlib.sha256()
-        for name in sorted(self.tensors, key=str.encode):
-            info = self.tensors[name]
-            shape = ",".join(str(n) for n in info.shape)
-            sha.update(f"{name}\0{info.dtype}\0{shape}\0".encode() + hash_bytes(info))
+        infos = [self.tensors[name] for name in sorted(self.tensors, key=str.encode)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for info, content in zip(infos, pool.map(hash_bytes, infos), strict=True):
+                shape = ",".join(str(n) for n in info.shape)
+                sha.update(f"{info.name}\0{info.dtype}\0{shape}\0".encode() + content)
         return sha.hexdigest()

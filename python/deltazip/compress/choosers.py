@@ -33,18 +33,28 @@ def fp16_scales(scales: Tensor, mantissa_bits: int = SCALE_BITS) -> Tensor:
     return rounded.clamp_(max=_FP16_MAX).half().float()
 
 
+Table = tuple[Tensor, ...]
+
+
 class Chooser:
     """How one type turns weights into values."""
 
     kept_of_four = 2
 
-    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+    def tables(self, cost: Tensor) -> Table:
+        """What `choose` needs to know of each group, computed for all of them at once.
+
+        cost: [groups, 4, 4], C above. Returns tensors [groups, ...].
+        """
+        raise NotImplementedError
+
+    def choose(self, weights: Tensor, scale: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """The values of one group of four columns.
 
         Args:
             weights: [rows, 4].
             scale: [rows, 1].
-            cost: [4, 4], C above.
+            table: of the group, without the first dimension.
 
         Returns:
             Values [rows, 4], whole numbers in float32, and the kept pair's number [rows], uint8.
@@ -89,11 +99,14 @@ class StateChooser(Chooser):
         self.largest = float(states.max())
         self.kept_of_four = int(states.count_nonzero(dim=1).max())
 
-    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+    def tables(self, cost: Tensor) -> Table:
         # |w - s v|^2_C = const + s (s v C v^T - 2 w C v^T), and s > 0 does not move the minimum.
-        weighted = self.states @ cost
-        table = torch.cat([-2.0 * weighted.mT, (weighted * self.states).sum(dim=1)[None]])
-        state = (torch.cat([weights, scale], dim=1) @ table).argmin(dim=1)
+        weighted = self.states @ cost  # [groups, states, 4]
+        squares = (weighted * self.states).sum(dim=2)
+        return (torch.cat([-2.0 * weighted.mT, squares[:, None]], dim=1),)
+
+    def choose(self, weights: Tensor, scale: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        state = (torch.cat([weights, scale], dim=1) @ table[0]).argmin(dim=1)
         return self.states[state], self.kept[state]
 
     def nearest(self, weights: Tensor, scale: Tensor) -> Tensor:
@@ -126,25 +139,31 @@ class PairChooser(Chooser):
         self.take = torch.nn.functional.one_hot(self.pairs, 4).float()  # [6, 2, 4]
         self.take_rest = torch.nn.functional.one_hot(self.rest, 4).float()
 
-    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-        inner = self.take @ cost @ self.take.mT  # [6, 2, 2], of the kept two
+    def tables(self, cost: Tensor) -> Table:
+        cost = cost[:, None]  # [groups, 1, 4, 4]
+        inner = self.take @ cost @ self.take.mT  # [groups, 6, 2, 2], of the kept two
         outer = self.take @ cost @ self.take_rest.mT
         # What the kept two should be, given that the other two become zero, and what that loses.
         share = torch.linalg.solve(inner, outer)
-        ideal_of = self.take + share @ self.take_rest  # [6, 2, 4]
+        ideal_of = self.take + share @ self.take_rest  # [groups, 6, 2, 4]
         lost = self.take_rest @ cost @ self.take_rest.mT - outer.mT @ share
         lost_of = torch.linalg.cholesky(lost).mT @ self.take_rest
-        table = torch.cat([ideal_of, lost_of], dim=1).transpose(0, 1).reshape(24, 4)
-        ideal0, ideal1, lost0, lost1 = (table @ weights.mT).reshape(4, 6, -1)
+        table = torch.cat([ideal_of, lost_of], dim=2).transpose(1, 2).reshape(-1, 24, 4)
+        first, both = inner[..., 0, 0], inner[..., 0, 1]
+        # What is left of the second's error after the first has made up for it.
+        left = inner[..., 1, 1] - both.square() / first
+        return table, (both / first)[..., None], first[..., None], left[..., None]
+
+    def choose(self, weights: Tensor, scale: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        ideals, ratio, inner, left = table
+        ideal0, ideal1, lost0, lost1 = (ideals @ weights.mT).reshape(4, 6, -1)
         steps = scale.mT.clamp(min=1e-30)
         second = (ideal1 / steps).round_().clamp_(self.low, self.high)
         error1 = ideal1 - second * steps
-        ideal0 = ideal0 + (inner[:, 0, 1] / inner[:, 0, 0])[:, None] * error1
+        ideal0 = ideal0 + ratio * error1
         first = (ideal0 / steps).round_().clamp_(self.low, self.high)
         error0 = ideal0 - first * steps
-        # error0 is what is left after `first` has made up for error1.
-        left = inner[:, 1, 1] - inner[:, 0, 1].square() / inner[:, 0, 0]
-        total = error0.square() * inner[:, 0, 0, None] + error1.square() * left[:, None]
+        total = error0.square() * inner + error1.square() * left
         pair = (total + lost0.square() + lost1.square()).argmin(dim=0)
         values = torch.zeros_like(weights)
         places = self.pairs[pair]
@@ -168,12 +187,16 @@ class DenseChooser(Chooser):
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
 
-    def choose(self, weights: Tensor, scale: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-        lower = torch.linalg.cholesky(cost.flip(0, 1)).flip(0, 1)  # C = A A^T, A upper
+    def tables(self, cost: Tensor) -> Table:
+        lower = torch.linalg.cholesky(cost.flip(1, 2)).flip(1, 2)  # C = A A^T, A upper
+        return (lower / lower.diagonal(dim1=1, dim2=2)[:, None],)
+
+    def choose(self, weights: Tensor, scale: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        lower = table[0]
         values = torch.zeros_like(weights)
         errors = torch.zeros_like(weights)
         for j in range(4):
-            ideal = weights[:, j] + errors[:, :j] @ lower[:j, j] / lower[j, j]
+            ideal = weights[:, j] + errors[:, :j] @ lower[:j, j]
             values[:, j] = self.nearest(ideal[:, None], scale)[:, 0]
             errors[:, j] = weights[:, j] - values[:, j] * scale[:, 0]
         return values, torch.zeros(len(weights), dtype=torch.uint8, device=weights.device)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,16 @@ class Entry:
         return {s: f"{name}.{s}" for s in pack.stored_shapes(self.type, shape, self.group_size)}
 
 
+_PACKED_AT_ONCE = 1 << 20  # weights for which a thread is worth its start
+
+
 def stored_of_matrix(name: str, matrix: QuantizedMatrix) -> dict[str, Stored]:
     """The tensors that `matrix` is stored as under the base tensor's name."""
-    return {f"{name}.{s}": Stored.of_array(array) for s, array in pack.pack(matrix).items()}
+    count = min(torch.get_num_threads(), -(-matrix.values.size // _PACKED_AT_ONCE))
+    with ThreadPoolExecutor(count) as pool:
+        parts = list(pool.map(pack.pack, pack.split_rows(matrix, count)))
+    arrays = {s: np.concatenate([part[s] for part in parts]) for s in parts[0]}
+    return {f"{name}.{s}": Stored.of_array(array) for s, array in arrays.items()}
 
 
 def content_digest(

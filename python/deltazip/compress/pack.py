@@ -209,6 +209,21 @@ def pack(matrix: QuantizedMatrix) -> dict[str, npt.NDArray[np.generic]]:
     return out | {"scales": np.ascontiguousarray(matrix.scales)}
 
 
+def split_rows(matrix: QuantizedMatrix, count: int) -> list[QuantizedMatrix]:
+    """The matrix in `count` runs of rows, at least one; packing them in turn packs it."""
+    ends = np.linspace(0, matrix.shape[0], max(count, 1) + 1).astype(np.int64)
+    runs = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+    return [
+        dataclasses.replace(
+            matrix,
+            values=matrix.values[run],
+            scales=matrix.scales[run],
+            kept=None if matrix.kept is None else matrix.kept[run],
+        )
+        for run in runs
+    ]
+
+
 def _check_range(values: I8, low: int, high: int, type_: DeltaType) -> None:
     if values.size and (values.min() < low or values.max() > high):
         raise ValueError(

@@ -72,6 +72,8 @@ class Settings:
         max_length: tokens of a calibration sequence at most.
         damping: share of the Hessian's mean diagonal that is added to it.
         correction: share of the error of what came before that a linear is asked to make up for.
+        lengthening: share of what a compressed linear would lack in length that is added to it
+            beforehand.
         batch_tokens: calibration tokens in memory at once.
     """
 
@@ -86,6 +88,7 @@ class Settings:
     max_length: int = 1024
     damping: float = 0.01
     correction: float = 1.0
+    lengthening: float = 1.0
     batch_tokens: int = 4096
     seed: int = 0
 
@@ -123,6 +126,8 @@ class Settings:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
         if not 0.0 <= self.correction <= 1.0:
             raise ValueError(f"correction must be in [0, 1], got {self.correction}")
+        if not 0.0 <= self.lengthening <= 2.0:
+            raise ValueError(f"lengthening must be in [0, 2], got {self.lengthening}")
 
     def digest(self, *more: str) -> str:
         """Identity of a run: two runs with equal digests give the same artifact."""

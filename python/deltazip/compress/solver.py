@@ -1,38 +1,33 @@
-"""Joint pruning and quantisation of one delta matrix, with error feedback.
+"""Joint pruning and quantisation of delta matrices, with error feedback.
 
-The unit of work is a group of four neighbouring columns, for all rows at once. With U the upper
-Cholesky factor of the inverse Hessian and B the four columns, fixing their values v leaves the
-error e = (w - v) inv(U_BB), costs |e|^2 once every later column has made up for it as well as it
-can, and the later columns become w - e U_B,later. So a group's mask and values are chosen together
-by that cost: of the 8 of one sign, the 32 ternary, the 96 of two bits, of four bits' six masks.
+A group of four neighbouring columns gets its mask and values together, by what leaving an error in
+it costs once every later column has made up for it as well as it can (sweep.py): the best of the 8
+states of one sign, of the 32 ternary, of the 96 of two bits, of the six masks of four bits.
 
 Source: Frantar & Alistarh, SparseGPT (2023), section 3; Frantar et al., GPTQ (2022); Yao et al.,
-DeltaZip (2025), Delta-Compress. Choosing a group jointly and refitting its scales are ours.
+DeltaZip (2025), Delta-Compress. Choosing a group jointly, refitting its scales and the longer
+target are ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deltazip.compress.choosers import (
-    FULL_SCALE_BITS,
-    SCALE_BITS,
-    Chooser,
-    chooser_for,
-    fp16_scales,
-)
+from deltazip.compress.choosers import FULL_SCALE_BITS, SCALE_BITS, chooser_for, fp16_scales
+from deltazip.compress.factor import Factor
+from deltazip.compress.lengthening import TRIALS, factors, lengthened, trial_rows
 from deltazip.compress.pack import DeltaType, QuantizedMatrix, check_group_size
+from deltazip.compress.replays import Replays
+from deltazip.compress.sweep import expand, refit_scales, sweep
 
-# Columns whose errors reach all later ones at once: small for the cache, large for the product.
-_BLOCK_COLUMNS = 128
-# Rows solved together: they are independent, and this bounds memory at a large output layer.
-_BLOCK_ROWS = 8192
-_REFIT_SWEEPS = 2
+# Rows solved together: they are independent, and this bounds memory at a large output layer. A GPU
+# takes about as long for a few as for many.
+_BLOCK_ROWS = {"cpu": 8192, "cuda": 32768}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +37,12 @@ class Spec:
     Attributes:
         type: any matrix type of the format.
         group_size: columns that share a scale, a multiple of 32.
+        lengthening: share of what a solution lacks in length that its target is given beforehand.
     """
 
     type: DeltaType
     group_size: int
+    lengthening: float = 0.0
 
     @property
     def scale_bits(self) -> int:
@@ -54,7 +51,7 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Solved:
+class Rounded:
     """A compressed matrix and how well it stands in for the delta.
 
     Attributes:
@@ -67,204 +64,147 @@ class Solved:
     weight_error: float
 
 
-class Factor:
-    """A damped Hessian and what follows from it for all the matrices that share its inputs.
+@dataclasses.dataclass(frozen=True)
+class Solved(Rounded):
+    """The same, and what `matrix` stands for: [rows, columns] float32, on the solver's device."""
 
-    Args:
-        hessian: [columns, columns] float32, 2/n * sum(x x^T) over calibration tokens.
-        damping: share of the mean of the diagonal that is added to the diagonal.
-
-    Raises:
-        ValueError: the Hessian is not square or not finite.
-    """
-
-    def __init__(self, hessian: Tensor, damping: float = 0.01) -> None:
-        if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
-            raise ValueError(f"the Hessian must be square, got {list(hessian.shape)}")
-        if not bool(torch.isfinite(hessian).all()):
-            raise ValueError("the Hessian is not finite: an activation overflowed")
-        self.num_columns = hessian.shape[0]
-        missing = -self.num_columns % 4
-        self.hessian = torch.nn.functional.pad(hessian.float(), (0, missing, 0, missing))
-        self.upper = _inverse_factor(self.hessian, damping)
-        groups = self.hessian.shape[0] // 4
-        index = torch.arange(groups, device=hessian.device)
-        corner = self.upper.reshape(groups, 4, groups, 4)[index, :, index, :]
-        eye = torch.eye(4, device=hessian.device).expand_as(corner)
-        self.inverse = torch.linalg.solve_triangular(corner, eye, upper=True)  # [groups, 4, 4]
-        self.cost = self.inverse @ self.inverse.mT
-
-    def weights_for(self, outputs: Tensor) -> Tensor:
-        """Weights [rows, columns] whose outputs come closest, by damped least squares.
-
-        outputs: [rows, columns], 2/n * sum(y x^T) of the outputs y that are wanted.
-        """
-        upper = self.upper[: self.num_columns, : self.num_columns]
-        return (outputs @ upper.mT) @ upper
-
-
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped Hessian."""
-    mean = float(hessian.diagonal().mean())
-    if mean <= 0.0:
-        return torch.eye(hessian.shape[0], device=hessian.device)
-    for attempt in range(6):
-        damped = hessian.double()
-        damped.diagonal().add_(mean * max(damping, 1e-6) * 10.0**attempt)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed):
-            factor: Tensor = upper.float()
-            return factor
-    raise ValueError("the Hessian has no inverse at any damping: are calibration inputs all alike?")
+    compressed: Tensor
 
 
 def solve(delta: Tensor, factor: Factor, spec: Spec) -> Solved:
-    """Compresses one delta matrix.
+    """Compresses one delta matrix; see `solve_all`."""
+    return solve_all([delta], factor, spec)[0]
+
+
+def solve_all(
+    deltas: Sequence[Tensor], factor: Factor, spec: Spec, replays: Replays | None = None
+) -> list[Solved]:
+    """Compresses the delta matrices that share their inputs, side by side.
 
     Args:
-        delta: [rows, columns], fine-tuned minus base, on the factor's device.
-        factor: of the Hessian of this matrix's inputs.
+        deltas: [rows, columns] each, fine-tuned minus base, on the factor's device.
+        factor: of the Hessian of their inputs.
         spec: type, group size and settings.
+        replays: kept by the caller from call to call, of one spec; None: of this call alone.
 
     Raises:
-        ValueError: shapes do not match or the delta is not finite.
+        ValueError: shapes do not match or a delta is not finite.
     """
     check_group_size(spec.group_size)
-    if delta.ndim != 2 or delta.shape[1] != factor.num_columns:
-        raise ValueError(
-            f"delta is {list(delta.shape)}, its Hessian has {factor.num_columns} columns"
+    for delta in deltas:
+        if delta.ndim != 2 or delta.shape[1] != factor.num_columns:
+            raise ValueError(
+                f"delta is {list(delta.shape)}, its Hessian has {factor.num_columns} columns"
+            )
+        if not bool(torch.isfinite(delta).all()):
+            raise ValueError("the delta is not finite")
+    replays = replays or Replays()
+    wanted = [delta.float() for delta in deltas]
+    target = _lengthened(wanted, factor, spec, replays) if spec.lengthening else wanted
+    most = _BLOCK_ROWS[wanted[0].device.type]
+    parts = [
+        _solve_rows(rows, goal, factor, spec, replays)
+        for rows, goal in zip(
+            torch.split(torch.cat(wanted), most), torch.split(torch.cat(target), most), strict=True
         )
-    if not bool(torch.isfinite(delta).all()):
-        raise ValueError("the delta is not finite")
-    parts = [_solve_rows(rows, factor, spec) for rows in torch.split(delta.float(), _BLOCK_ROWS)]
-    kept = [part.matrix.kept for part in parts if part.matrix.kept is not None]
+    ]
+    heights = [delta.shape[0] for delta in deltas]
+    columns = (
+        None if column[0] is None else torch.split(torch.cat(column), heights)
+        for column in zip(*parts, strict=True)
+    )
+    rows = (column or [None] * len(deltas) for column in columns)
+    return [_solved(_Rows(*row), spec) for row in zip(*rows, strict=True)]
+
+
+def _lengthened(
+    wanted: Sequence[Tensor], factor: Factor, spec: Spec, replays: Replays
+) -> list[Tensor]:
+    """The targets of a solution that is to be as long as `wanted`; see lengthening.py."""
+    hessian = factor.hessian[: factor.num_columns, : factor.num_columns]
+    rows = [trial_rows(delta) for delta in wanted]
+    heights = [part.shape[0] for part in rows]
+    stacked = torch.cat(rows)
+    by = [torch.zeros(1 + len(factor.resolvents), dtype=torch.float64) for _ in rows]
+    for _ in range(TRIALS):
+        longer = [
+            lengthened(part, own, factor.resolvents) for part, own in zip(rows, by, strict=True)
+        ]
+        given = _solve_rows(stacked, torch.cat(longer), factor, spec, replays).compressed(spec)
+        by = [
+            own + factors(part, got, hessian, factor.resolvents)
+            for own, part, got in zip(by, rows, torch.split(given, heights), strict=True)
+        ]
+    return [
+        lengthened(delta, spec.lengthening * own, factor.resolvents)
+        for delta, own in zip(wanted, by, strict=True)
+    ]
+
+
+class _Rows(NamedTuple):
+    """Some rows, solved: codes, kept pairs, scales as stored; and sums over each row.
+
+    lost and whole are of outputs on the calibration inputs, difference and norm of weights.
+    """
+
+    values: Tensor  # [rows, columns] int8
+    kept: Tensor | None  # [rows, groups of four] uint8
+    scales: Tensor  # [rows, scale groups] float16
+    lost: Tensor
+    whole: Tensor
+    difference: Tensor
+    norm: Tensor
+
+    def compressed(self, spec: Spec) -> Tensor:
+        """The difference these stand for, [rows, columns] float32."""
+        return expand(self.scales.float(), spec.group_size, self.values.shape[1]) * self.values
+
+
+def _solved(rows: _Rows, spec: Spec) -> Solved:
     matrix = QuantizedMatrix(
         spec.type,
-        np.concatenate([part.matrix.values for part in parts]),
-        np.concatenate([part.matrix.scales for part in parts]),
+        rows.values.cpu().numpy(),
+        rows.scales.cpu().numpy(),
         spec.group_size,
-        np.concatenate(kept) if kept else None,
+        None if rows.kept is None else rows.kept.cpu().numpy(),
     )
-    whole = sum(part.whole for part in parts)
-    norm = sum(part.norm for part in parts)
+    lost, whole, difference, norm = (
+        float(part.sum(dtype=torch.float64))
+        for part in (rows.lost, rows.whole, rows.difference, rows.norm)
+    )
     return Solved(
         matrix,
-        sum(part.lost for part in parts) / whole if whole > 0.0 else 0.0,
-        sum(part.difference for part in parts) / norm if norm > 0.0 else 0.0,
+        max(lost, 0.0) / whole if whole > 0.0 else 0.0,
+        difference / norm if norm > 0.0 else 0.0,
+        rows.compressed(spec),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    matrix: QuantizedMatrix
-    lost: float
-    whole: float
-    difference: float
-    norm: float
-
-
-def _solve_rows(delta: Tensor, factor: Factor, spec: Spec) -> _Part:
-    columns = delta.shape[1]
-    target = torch.nn.functional.pad(delta, (0, factor.hessian.shape[0] - columns))
-    chooser = chooser_for(spec.type, delta.device)
-    values, kept, scales = _sweep(target, factor, spec, chooser)
-    scales, lost = _refit_scales(target, values, scales, factor, spec)
+def _solve_rows(
+    wanted: Tensor, goal: Tensor, factor: Factor, spec: Spec, replays: Replays
+) -> _Rows:
+    """wanted, goal: [rows, columns]. Values are chosen for `goal`, errors are from `wanted`."""
+    columns = wanted.shape[1]
+    missing = factor.hessian.shape[0] - columns
+    target = torch.nn.functional.pad(goal, (0, missing))
+    chooser = chooser_for(spec.type, wanted.device)
+    values, kept, scales = sweep(target, factor, spec.group_size, chooser, replays)
+    scales = refit_scales(target, values, scales, factor, spec.group_size, spec.scale_bits)
+    wanted = torch.nn.functional.pad(wanted, (0, missing))
+    difference = wanted - expand(scales, spec.group_size, wanted.shape[1]) * values
     has_pairs = spec.type in (DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2)
-    matrix = QuantizedMatrix(
-        spec.type,
-        values[:, :columns].to(torch.int8).cpu().numpy(),
-        scales.half().cpu().numpy(),
-        spec.group_size,
-        kept.cpu().numpy() if has_pairs else None,
-    )
-    difference = target - _expand(scales, spec.group_size, target.shape[1]) * values
-    return _Part(
-        matrix,
-        lost=lost,
-        whole=float(((target @ factor.hessian) * target).sum()),
-        difference=float(difference[:, :columns].square().sum()),
-        norm=float(target.square().sum()),
+    return _Rows(
+        values[:, :columns].to(torch.int8),
+        kept if has_pairs else None,
+        scales.half(),
+        lost=((difference @ factor.hessian) * difference).sum(dim=1),
+        whole=((wanted @ factor.hessian) * wanted).sum(dim=1),
+        difference=difference[:, :columns].square().sum(dim=1),
+        norm=wanted.square().sum(dim=1),
     )
 
 
-def _expand(scales: Tensor, group_size: int, columns: int) -> Tensor:
-    return scales.repeat_interleave(group_size, dim=1)[:, :columns]
-
-
-def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Runs of columns that hold whole scale groups, or that a long scale group is made of."""
-    if group_size <= _BLOCK_COLUMNS:
-        size = _BLOCK_COLUMNS // group_size * group_size
-    else:
-        size = max(n for n in range(32, _BLOCK_COLUMNS + 1, 32) if group_size % n == 0)
-    for begin in range(0, columns, size):
-        yield begin, min(begin + size, columns)
-
-
-def _sweep(
-    target: Tensor, factor: Factor, spec: Spec, chooser: Chooser
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the columns. Returns values, kept pairs and scales, exact in fp16."""
-    rows, columns = target.shape
-    upper, inverse, cost = factor.upper, factor.inverse, factor.cost
-    weights = target.clone()
-    values = torch.zeros_like(weights)
-    kept = torch.zeros((rows, columns // 4), dtype=torch.uint8, device=target.device)
-    found = torch.zeros((rows, -(-columns // spec.group_size)), device=target.device)
-    for begin, end in _blocks(columns, spec.group_size):
-        block = weights[:, begin:end].clone()
-        errors = torch.zeros_like(block)
-        for at in range(begin, end, 4):
-            group, local, number = at // 4, at - begin, at // spec.group_size
-            if at % spec.group_size == 0:
-                last = min(at + spec.group_size, columns)
-                window = torch.cat([block[:, local:], weights[:, end:last]], dim=1)
-                saliency = cost[group : last // 4].diagonal(dim1=1, dim2=2).reshape(-1)
-                found[:, number] = chooser.search_scale(window[:, : last - at], saliency)
-            scale = found[:, number, None]
-            current = block[:, local : local + 4]
-            chosen, kept[:, group] = chooser.choose(current, scale, cost[group])
-            values[:, at : at + 4] = chosen
-            error = (current - chosen * scale) @ inverse[group]
-            errors[:, local : local + 4] = error
-            block[:, local + 4 :] -= error @ upper[at : at + 4, at + 4 : end]
-        weights[:, end:] -= errors @ upper[begin:end, end:]
-    return values, kept, found
-
-
-def _refit_scales(
-    target: Tensor, values: Tensor, scales: Tensor, factor: Factor, spec: Spec
-) -> tuple[Tensor, float]:
-    """Scales that lose least on the calibration inputs given the values, group after group.
-
-    Returns the scales and what is lost, sum over rows of (delta - compressed) H (...)^T.
-    """
-    hessian, columns, group_size = factor.hessian, target.shape[1], spec.group_size
-    scales = scales.clone()
-    difference = target - _expand(scales, group_size, columns) * values
-    for _ in range(_REFIT_SWEEPS):
-        gradient = difference @ hessian
-        for number in range(scales.shape[1]):
-            part = slice(number * group_size, min((number + 1) * group_size, columns))
-            ours = values[:, part]
-            reach = ours @ hessian[part]  # [rows, columns]
-            curvature = (reach[:, part] * ours).sum(dim=1)
-            step = (gradient[:, part] * ours).sum(dim=1) / curvature.clamp(min=1e-30)
-            wanted = fp16_scales(scales[:, number] + step, spec.scale_bits)
-            # A scale that would vanish or turn its sign stays: the values were chosen for it.
-            better = (wanted > 0) & (curvature > 0)
-            wanted = torch.where(better, wanted, scales[:, number])
-            moved = (wanted - scales[:, number])[:, None]
-            gradient -= moved * reach
-            scales[:, number] = wanted
-        difference = target - _expand(scales, group_size, columns) * values
-    return scales, max(float(((difference @ hessian) * difference).sum()), 0.0)
-
-
-def round_to_nearest(deltas: Iterable[Tensor], spec: Spec, least_scale: float = 0.0) -> Solved:
+def round_to_nearest(deltas: Iterable[Tensor], spec: Spec, least_scale: float = 0.0) -> Rounded:
     """Compresses a dense matrix whose rows are looked up rather than multiplied: no Hessian.
 
     Args:
@@ -298,7 +238,7 @@ def round_to_nearest(deltas: Iterable[Tensor], spec: Spec, least_scale: float = 
             scale = torch.where(refit > 0, refit, scale).clamp(min=least)
             found[:, number] = scale
             rounded[:, part] = chooser.nearest(window, scale[:, None])
-        difference = delta - rounded * _expand(found, spec.group_size, columns)
+        difference = delta - rounded * expand(found, spec.group_size, columns)
         lost += float(difference.square().sum())
         norm += float(delta.square().sum())
         values.append(rounded.to(torch.int8).cpu())
@@ -307,4 +247,4 @@ def round_to_nearest(deltas: Iterable[Tensor], spec: Spec, least_scale: float = 
         spec.type, torch.cat(values).numpy(), torch.cat(scales).numpy(), spec.group_size
     )
     error = lost / norm if norm > 0.0 else 0.0
-    return Solved(matrix, error, error)
+    return Rounded(matrix, error, error)

@@ -11,6 +11,7 @@ Source: Li et al., GPTAQ (2025), for the inputs' drift; the residual stream's is
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,17 +19,28 @@ import torch
 from torch import Tensor
 
 from deltazip.compress import calibration, llama
-from deltazip.compress.activations import Batch, HessianSum, Streams, make_batches
+from deltazip.compress.activations import (
+    Batch,
+    FileStreams,
+    HessianSum,
+    MemoryStreams,
+    Streams,
+    make_batches,
+)
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import Entry, stored_of_matrix
+from deltazip.compress.factor import Factor
 from deltazip.compress.llama import LlamaForward, LlamaShape
 from deltazip.compress.pack import DeltaType
 from deltazip.compress.plan import EMBEDDING_FORMATS, Settings, linear_types
-from deltazip.compress.solver import Factor, Solved, Spec, round_to_nearest, solve
+from deltazip.compress.replays import Replays
+from deltazip.compress.solver import Rounded, Spec, round_to_nearest, solve, solve_all
 from deltazip.compress.stored import Stored
 from deltazip.compress.workspace import Workspace
 
 _ROWS_AT_ONCE = 8192  # of an embedding
+_STATES_BYTES = 6 << 30  # of a device's memory that hidden states may take
+_SAVE_SECONDS = 60.0  # of work that is lost if a run with states in memory is interrupted
 
 Progress = Callable[[str, float], None]
 """Told what is being done and the share of the whole that is done, 0 to 1."""
@@ -75,7 +87,7 @@ class Piece:
         self.entries[name] = Entry(DeltaType.REPLACED, tuple(base.shape))
         self.stored[name] = Stored.of_tensor(tuned)
 
-    def matrix(self, name: str, solved: Solved) -> None:
+    def matrix(self, name: str, solved: Rounded) -> None:
         matrix = solved.matrix
         self.entries[name] = Entry(matrix.type, matrix.shape, matrix.group_size)
         self.stored |= stored_of_matrix(name, matrix)
@@ -105,30 +117,74 @@ class Run:
         lengths = [len(ids) for ids in sequences]
         self.batches = make_batches(lengths, settings.batch_tokens, self.prefix)
         self.num_rows = self.batches[-1].end
+        self.which = 0 if self.in_memory else int(workspace.get("hidden", 0))
+        self.held: dict[int, MemoryStreams] = {}
+        self.saved_at = time.monotonic()
+        self.replays = Replays()
         self.forward = LlamaForward(shape, max(len(ids) for ids in sequences), device)
         self.types = linear_types(shape, settings)
+
+    @property
+    def in_memory(self) -> bool:
+        """Hidden states stay on a GPU if they take a small part of its memory."""
+        width = max(self.shape.hidden, self.shape.num_heads * self.shape.head_dim)
+        num_bytes = 3 * 2 * 4 * self.num_rows * width
+        return self.device.type != "cpu" and num_bytes <= _STATES_BYTES
 
     def all_pieces(self, names: set[str]) -> None:
         """Makes every piece that the workspace lacks. `names`: all tensors of the base."""
         num_steps = self.shape.num_layers + 2
-        if not self.workspace.has_piece("embedding"):
+        if self.workspace.get("layers") is None:
             self.progress("embedding", 0.0)
             self.embedding()
-        for layer in range(self.shape.num_layers):
-            if not self.workspace.has_piece(f"layer-{layer:03d}"):
-                self.layer(layer, (layer + 1) / num_steps, 1 / num_steps)
+        for layer in range(int(self.workspace.get("layers")), self.shape.num_layers):
+            self.layer(layer, (layer + 1) / num_steps, 1 / num_steps)
         if not self.workspace.has_piece("head"):
             self.progress("final norm and head", (num_steps - 1) / num_steps)
             self.head(names)
 
-    def hidden_file(self, which: int, *, keep: bool) -> Streams:
-        path = self.workspace.folder / f"hidden-{which}"
-        return Streams(path, self.num_rows, self.shape.hidden, keep=keep)
+    def hidden_states(self, which: int, *, keep: bool) -> Streams:
+        """Between layers; two take turns. keep: as they were written last."""
+        if not self.in_memory:
+            return self.hidden_file(which, keep=keep)
+        if which not in self.held:
+            self.held[which] = MemoryStreams(self.num_rows, self.shape.hidden, self.device)
+            if keep:
+                with self.hidden_file(int(self.workspace.get("hidden")), keep=True) as file:
+                    self.copy(file, self.held[which])
+        return self.held[which]
 
-    def mixed_file(self) -> Streams:
+    def hidden_file(self, which: int, *, keep: bool) -> FileStreams:
+        path = self.workspace.folder / f"hidden-{which}"
+        return FileStreams(path, self.num_rows, self.shape.hidden, keep=keep)
+
+    def mixed_states(self) -> Streams:
         """What attention gives, before its output projection."""
         width = self.shape.num_heads * self.shape.head_dim
-        return Streams(self.workspace.folder / "mixed", self.num_rows, width)
+        if self.in_memory:
+            return MemoryStreams(self.num_rows, width, self.device)
+        return FileStreams(self.workspace.folder / "mixed", self.num_rows, width)
+
+    def copy(self, source: Streams, to: Streams) -> None:
+        for batch in self.batches:
+            to.write(batch, source.read(batch, self.device))
+
+    def recorded(self, num_layers: int) -> dict[str, int]:
+        """What the workspace is to know of the hidden states after so many layers.
+
+        From the last that it knows of, an interrupted run goes on. States in memory are written
+        once in a while only, never over those.
+        """
+        if not self.in_memory:
+            return {"hidden": self.which, "layers": num_layers}
+        if time.monotonic() - self.saved_at < _SAVE_SECONDS:
+            return {}
+        spare = 1 - int(self.workspace.get("hidden"))
+        with self.hidden_file(spare, keep=False) as file:
+            self.copy(self.held[self.which], file)
+            file.sync()
+        self.saved_at = time.monotonic()
+        return {"hidden": spare, "layers": num_layers}
 
     # The embedding.
 
@@ -159,9 +215,12 @@ class Run:
                 at = [place[token] for token in ids]
                 files.write(batch, (rows[at], wanted[at]))
             files.sync()
-        self.workspace.save_piece("embedding", piece.entries, piece.stored, piece.report, hidden=0)
+        self.which = 0
+        self.workspace.save_piece(
+            "embedding", piece.entries, piece.stored, piece.report, hidden=0, layers=0
+        )
 
-    def round_embedding(self, piece: Piece, base: Tensor, tuned: Tensor) -> Solved | None:
+    def round_embedding(self, piece: Piece, base: Tensor, tuned: Tensor) -> Rounded | None:
         """None if it is stored exactly or not at all."""
         type_ = EMBEDDING_FORMATS[self.settings.embedding_format]
         if not type_.is_matrix or torch.equal(base.float(), tuned.float()):
@@ -171,7 +230,7 @@ class Run:
         def deltas() -> Iterator[Tensor]:
             for at in range(0, base.shape[0], _ROWS_AT_ONCE):
                 rows = slice(at, at + _ROWS_AT_ONCE)
-                yield tuned[rows].float() - base[rows].float()
+                yield tuned[rows].to(self.device).float() - base[rows].to(self.device).float()
 
         energy = sum(float(delta.square().sum(dtype=torch.float64)) for delta in deltas())
         least_scale = self.settings.embedding_step * (energy / base.numel()) ** 0.5
@@ -191,7 +250,7 @@ class Run:
         for name in names:
             short = name.removeprefix(prefix)
             before, after_tuning = self.models.read(name)
-            tuned[short] = after_tuning.float().to(self.device)
+            tuned[short] = after_tuning.to(self.device).float()
             if short.removesuffix(".weight") in llama.LINEARS:
                 base[short] = before
             else:
@@ -204,37 +263,46 @@ class Run:
             )
 
         def settle(linears: Iterable[str], sums: HessianSum) -> None:
-            factor: Factor | None = None
-            for linear in linears:
-                short = f"{linear}.weight"
-                before, wanted = base.pop(short).float().to(self.device), tuned[short]
-                if torch.equal(before, wanted):
-                    piece.unchanged(prefix + short, before)
-                    running[short] = before
-                    continue
-                factor = factor or Factor(sums.value(), self.settings.damping)
-                try:
-                    spec = Spec(self.types[prefix + short], self.settings.group_size)
-                    solved = solve(self.delta(before, wanted, sums, factor), factor, spec)
-                except ValueError as error:
-                    raise CompressError(f"tensor '{prefix}{short}': {error}") from error
+            moved: dict[DeltaType, list[str]] = {}
+            for short in (f"{linear}.weight" for linear in linears):
+                running[short] = base.pop(short).to(self.device).float()
+                if torch.equal(running[short], tuned[short]):
+                    piece.unchanged(prefix + short, running[short])
+                else:
+                    moved.setdefault(self.types[prefix + short], []).append(short)
+            if not moved:
+                return
+            factor = Factor(sums.value(), self.settings.damping)
+            for type_, shorts in moved.items():
+                settle_alike(type_, shorts, sums, factor)
+
+        def settle_alike(
+            type_: DeltaType, shorts: list[str], sums: HessianSum, factor: Factor
+        ) -> None:
+            spec = Spec(type_, self.settings.group_size, self.settings.lengthening)
+            deltas = [self.delta(running[short], tuned[short], sums, factor) for short in shorts]
+            try:
+                solutions = solve_all(deltas, factor, spec, self.replays)
+            except ValueError as error:
+                names = "', '".join(prefix + short for short in shorts)
+                raise CompressError(f"tensors '{names}': {error}") from error
+            for short, solved in zip(shorts, solutions, strict=True):
                 piece.matrix(prefix + short, solved)
-                running[short] = before.add_(
-                    torch.from_numpy(solved.matrix.dequantize()).to(self.device)
-                )
+                running[short] += solved.compressed
 
         own = tuned if self.settings.correction else None
-        which = int(self.workspace.get("hidden", 0))
         with (
-            self.hidden_file(which, keep=True) as hidden,
-            self.hidden_file(1 - which, keep=False) as after,
-            self.mixed_file() as mixed,
+            self.hidden_states(self.which, keep=True) as hidden,
+            self.hidden_states(1 - self.which, keep=False) as after,
+            self.mixed_states() as mixed,
         ):
             self.walk(running, settle, step, hidden, mixed, after, own)
             after.sync()
+        self.which = 1 - self.which
         self.workspace.save_piece(
-            f"layer-{layer:03d}", piece.entries, piece.stored, piece.report, hidden=1 - which
-        )
+            f"layer-{layer:03d}", piece.entries, piece.stored, piece.report,
+            **self.recorded(layer + 1),
+        )  # fmt: skip
 
     def delta(self, before: Tensor, wanted: Tensor, sums: HessianSum, factor: Factor) -> Tensor:
         """What is compressed: the fine-tune's movement, and what makes up for earlier errors.
@@ -343,12 +411,12 @@ class Run:
             return
         norm = self.models.finetuned.read(llama.FINAL_NORM).float().to(self.device)
         sums = HessianSum(self.shape.hidden, self.device)
-        with self.hidden_file(int(self.workspace.get("hidden", 0)), keep=True) as hidden:
+        with self.hidden_states(self.which, keep=True) as hidden:
             for batch in self.batches:
                 states = hidden.read(batch, self.device)
                 sums.add(batch, [self.forward.norm(rows, norm) for rows in states])
         factor = Factor(sums.value(), self.settings.damping)
-        spec = Spec(type_, self.settings.embedding_group_size)
+        spec = Spec(type_, self.settings.embedding_group_size, self.settings.lengthening)
         before, wanted = base.float().to(self.device), tuned.float().to(self.device)
         delta = self.delta(before, wanted, sums, factor)
         piece.matrix(llama.HEAD, solve(delta, factor, spec))

@@ -199,7 +199,7 @@ def test_the_commands(tmp_path: Path) -> None:
     app = make_app(["pack", "unpack", "inspect"])
     folder = write(tmp_path / "d", "none")
     before = (folder / FILE_NAME).read_bytes()
-    result = CliRunner().invoke(app, ["pack", str(folder)])
+    result = CliRunner().invoke(app, ["pack", str(folder)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.stderr
     assert "MB -> " in result.stdout
     assert DeltaFile(folder).codec == "zstd"
