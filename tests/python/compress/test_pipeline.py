@@ -376,6 +376,7 @@ def test_settings_are_checked() -> None:
         ({"embedding_format": "ternary"}, "one of int4, int8, exact"),
         ({"damping": 0.0}, "damping must be in"),
         ({"correction": 1.5}, r"correction must be in \[0, 1\], got 1.5"),
+        ({"lengthening": -0.5}, r"lengthening must be in \[0, 2\], got -0.5"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
