@@ -95,7 +95,7 @@ def prompts(folder: Path, name: str) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_", ["int4", "int2", "ternary"])
+@pytest.mark.parametrize("format_", ["int4", "int2", "ternary", "sign"])
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_real_compressed_variant(
     name: str, format_: str, test_models: Path, real_delta: Callable[[str, str], Path]
