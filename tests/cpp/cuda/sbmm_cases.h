@@ -17,6 +17,7 @@
 #include "backend/cuda/kernels/sbmm/plan.h"
 #include "backend/cuda/kernels/sbmm/sbmm.h"
 #include "backend/cuda/kernels/sbmm/tiling.h"
+#include "deltazip/base/dtype.h"
 
 namespace deltazip::bench {
 
@@ -68,6 +69,18 @@ struct RandomDelta {
   std::vector<std::uint16_t> scales;
   std::vector<float> dense;  // [rows, columns]
 };
+
+// A float's 16 bits, and back.
+std::uint16_t to_bits(float value, DType dtype);
+float from_bits(std::uint16_t bits, DType dtype);
+
+// x [rows, columns] in fixed point, made on the device and checked there and then: its bytes are
+// the host's, and mean x to within half a unit. How many do not is added to `num_wrong`. Afterwards
+// `x` is what the bytes mean, so that SBMM can be held to its own rounding.
+DeviceBytes fixed_point(const DeviceBytes& x_device, std::int64_t columns, DType dtype,
+                        std::vector<float>& x, std::size_t& num_wrong);
+// Zeros, infinities, NaN, the least and the largest: how many are not what they should be.
+int check_fixed_point();
 
 // Only cases whose name contains `filter`.
 int verify_sbmm(std::string_view filter);

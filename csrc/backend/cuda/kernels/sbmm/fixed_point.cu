@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   int high[kPerLane], low[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    low[i] = is_finite ? to_fixed_point(x[i], factor) : 0;
+    low[i] = is_finite ? __float2int_rn(x[i] * factor) : 0;
     high[i] = (low[i] + 128) >> 8;
   }
   auto* out = static_cast<unsigned char*>(params.out) + row * layout.num_bytes;

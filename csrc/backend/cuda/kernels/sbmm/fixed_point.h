@@ -10,7 +10,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cmath>
 #include <cstdint>
 
 #include "backend/cuda/kernels/sbmm/record.h"
@@ -31,19 +30,6 @@ constexpr FixedPointRow fixed_point_row(std::int64_t columns) {
   row.scales_offset = 2 * row.low_offset;
   row.num_bytes = row.scales_offset + (records * 4 + 15) / 16 * 16;
   return row;
-}
-
-// Host and device: what one x becomes. `factor` is kFixedPointMax over the largest of its 128, and
-// 0 where that is zero or not finite.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    inline std::int32_t to_fixed_point(float x, float factor) {
-#ifdef __CUDA_ARCH__
-  return __float2int_rn(x * factor);
-#else
-  return static_cast<std::int32_t>(std::nearbyint(x * factor));
-#endif
 }
 
 struct FixedPointLaunch {
