@@ -21,9 +21,8 @@ from deltazip.compress.export import copy_companions
 from deltazip.compress.llama import LlamaShape
 from deltazip.compress.pack import DeltaType
 from deltazip.compress.plan import Settings, check_pair
-from deltazip.compress.replays import Replays
 from deltazip.compress.scoring.candidates import SIZE_FILE, is_linear
-from deltazip.compress.solver import Spec, round_to_nearest
+from deltazip.compress.solve.solver import Spec, round_to_nearest
 from deltazip.compress.stored import Stored, dtype_name, tensor_bytes, write_safetensors
 from deltazip.compress.walk import Models, Run
 from deltazip.compress.workspace import Workspace
@@ -169,7 +168,7 @@ class Walk(Run):
 
 def _context(options: Options) -> Context:
     generator = torch.Generator().manual_seed(options.seed)
-    return Context(torch.empty(0, 0), generator, options.damping, Replays())
+    return Context(torch.empty(0, 0), generator, options.damping)
 
 
 def _encode(

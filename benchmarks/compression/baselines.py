@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from artifact import Coded, Codes, LowRank, Plain, Sparse
-from deltazip.compress.factor import Factor
-from deltazip.compress.replays import Replays
+from deltazip.compress.solve.factor import Factor
 from torch import Tensor
 
 GROUP_SIZE = 64
@@ -31,13 +29,11 @@ class Context(NamedTuple):
         hessian: [columns, columns], 2/n * sum(x x^T) of the real inputs; empty if not asked for.
         generator: of the run's seed, on the CPU.
         damping: share of the Hessian's mean diagonal that is added to it.
-        replays: of error feedback, kept over all matrices.
     """
 
     hessian: Tensor
     generator: torch.Generator
     damping: float
-    replays: Replays
 
 
 Encode = Callable[[Sequence[Tensor], Context], Sequence[Coded]]
@@ -162,7 +158,6 @@ def sweep(
     weights: Tensor,
     upper: Tensor,
     grid: tuple[Tensor, Tensor, Tensor | int] | None,
-    replays: Replays,
     *,
     prune: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +168,6 @@ def sweep(
         upper: the Cholesky factor U of the inverse Hessian, U^T U, [columns, columns].
         grid: scales and zeros [rows, columns], and the highest code of all or of each column; None
             leaves kept weights as they are, in fp16.
-        replays: kept from call to call.
         prune: 2:4, by w^2 / U_jj^2 at the time a group of four is reached.
 
     Returns:
@@ -192,8 +186,8 @@ def sweep(
             tops = torch.as_tensor(grid[2], device=weights.device).expand(columns)
             levels = (grid[0][:, here], grid[1][:, here], tops[here])
         block = (work[:, here], upper[here, here], *levels)
-        *chosen, errors = replays.run(partial(_sweep_block, prune), ("sweep", prune), *block)
-        done.append(tuple(part.clone() for part in chosen))
+        *chosen, errors = _sweep_block(prune, *block)
+        done.append(tuple(chosen))
         work[:, here.stop :] -= errors @ upper[here, here.stop :]
     codes, values, kept = (torch.cat(parts, dim=1) for parts in zip(*done, strict=True))
     return codes, values, kept
@@ -260,14 +254,14 @@ def sparse_gpt(
     columns = stacked.shape[1]
     upper = _upper(context.hessian, context.damping)
     if bits is None:
-        _, values, kept = sweep(stacked, upper, None, context.replays, prune=True)
+        _, values, kept = sweep(stacked, upper, None, prune=True)
         heights = _heights(weights)
         parts = (torch.split(part.cpu(), heights) for part in (values.half(), kept))
         return [Sparse(value, mask) for value, mask in zip(*parts, strict=True)]
     group = group_size or columns
     grid = fit_grid(stacked, bits, group, symmetric=True, search=search)
     levels = (*grid.expanded(group, columns), 2**bits - 1)
-    codes, _, kept = sweep(stacked, upper, levels, context.replays, prune=True)
+    codes, _, kept = sweep(stacked, upper, levels, prune=True)
     return grid.codes(codes * kept, kept).split(_heights(weights))
 
 
@@ -279,7 +273,7 @@ def gptq(weights: Sequence[Tensor], context: Context, *, bits: int) -> list[Code
     grid = fit_grid(stacked, bits, GROUP_SIZE, symmetric=False, search=True)
     scales, zeros = grid.expanded(GROUP_SIZE, stacked.shape[1])
     levels = (scales[:, order], zeros[:, order], 2**bits - 1)
-    codes, _, _ = sweep(stacked[:, order], upper, levels, context.replays, prune=False)
+    codes, _, _ = sweep(stacked[:, order], upper, levels, prune=False)
     return grid.codes(codes[:, order.argsort()]).split(_heights(weights))
 
 
@@ -375,7 +369,7 @@ def _mixed_rank(weight: Tensor, upper: Tensor, context: Context, bits: float) ->
     for (width, _), part in zip(classes, torch.split(right, counts), strict=True):
         grid = fit_grid(part, width, GROUP_SIZE, symmetric=False, search=True)
         levels = (*grid.expanded(GROUP_SIZE, columns), 2**width - 1)
-        rights.append(grid.codes(sweep(part, upper, levels, context.replays, prune=False)[0]))
+        rights.append(grid.codes(sweep(part, upper, levels, prune=False)[0]))
     seen = torch.cat([part.dense() for part in rights]).to(weight.device)
     inner = seen @ context.hessian @ seen.mT
     inner = torch.nn.functional.pad(inner, (0, -rank % 4, 0, -rank % 4))
@@ -387,9 +381,7 @@ def _mixed_rank(weight: Tensor, upper: Tensor, context: Context, bits: float) ->
     expanded = [grid.expanded(GROUP_SIZE, rows) for grid in grids]
     scales, zeros = (torch.cat([pair[i] for pair in expanded]).mT for i in range(2))
     top = torch.cat([torch.full((n,), 2.0**w - 1, device=weight.device) for w, n in classes])
-    codes, _, _ = sweep(
-        left.mT.contiguous(), upper_inner, (scales, zeros, top), context.replays, prune=False
-    )
+    codes, _, _ = sweep(left.mT.contiguous(), upper_inner, (scales, zeros, top), prune=False)
     lefts = [
         grid.codes(part) for grid, part in zip(grids, torch.split(codes.mT, counts), strict=True)
     ]

@@ -29,12 +29,11 @@ from deltazip.compress.activations import (
 )
 from deltazip.compress.checkpoint import Checkpoint, CheckpointError
 from deltazip.compress.delta_file import Entry, stored_of_matrix
-from deltazip.compress.factor import Factor
 from deltazip.compress.llama import LlamaForward, LlamaShape
 from deltazip.compress.pack import DeltaType
 from deltazip.compress.plan import EMBEDDING_FORMATS, Settings, linear_types
-from deltazip.compress.replays import Replays
-from deltazip.compress.solver import Rounded, Spec, round_to_nearest, solve, solve_all
+from deltazip.compress.solve.factor import Factor
+from deltazip.compress.solve.solver import Rounded, Spec, round_to_nearest, solve, solve_all
 from deltazip.compress.stored import Stored
 from deltazip.compress.workspace import Workspace
 
@@ -120,7 +119,6 @@ class Run:
         self.which = 0 if self.in_memory else int(workspace.get("hidden", 0))
         self.held: dict[int, MemoryStreams] = {}
         self.saved_at = time.monotonic()
-        self.replays = Replays()
         self.forward = LlamaForward(shape, max(len(ids) for ids in sequences), device)
         self.types = linear_types(shape, settings)
 
@@ -282,7 +280,7 @@ class Run:
             spec = Spec(type_, self.settings.group_size, self.settings.lengthening)
             deltas = [self.delta(running[short], tuned[short], sums, factor) for short in shorts]
             try:
-                solutions = solve_all(deltas, factor, spec, self.replays)
+                solutions = solve_all(deltas, factor, spec)
             except ValueError as error:
                 names = "', '".join(prefix + short for short in shorts)
                 raise CompressError(f"tensors '{names}': {error}") from error

@@ -13,7 +13,6 @@ import torch
 from artifact import Artifact, Codes
 from baselines import Context
 from deltazip.compress.checkpoint import Checkpoint
-from deltazip.compress.replays import Replays
 from deltazip.compress.scoring.candidates import find_candidate, is_linear
 from deltazip.compress.scoring.closeness import load_model
 from methods import METHODS
@@ -25,7 +24,7 @@ ROWS, COLUMNS = 24, 128
 def context(hessian: Tensor | None = None, seed: int = 0) -> Context:
     generator = torch.Generator().manual_seed(seed)
     hessian = torch.empty(0, 0) if hessian is None else hessian
-    return Context(hessian, generator, 0.01, Replays())
+    return Context(hessian, generator, 0.01)
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from deltazip import __version__
 from deltazip.compress import packed, pipeline
 from deltazip.compress.checkpoint import Checkpoint
 from deltazip.compress.delta_file import Entry, stored_of_matrix
-from deltazip.compress.factor import Factor
 from deltazip.compress.imports.bitdelta import BitDeltaCheckpoint
 from deltazip.compress.imports.derived import DerivedCheckpoint
 from deltazip.compress.imports.lora import LoraCheckpoint
 from deltazip.compress.pipeline import Result, compress, finish
 from deltazip.compress.plan import Settings, check_pair, estimate_file_bytes, plan_tensors
-from deltazip.compress.solver import Spec, round_to_nearest, solve
+from deltazip.compress.solve.factor import Factor
+from deltazip.compress.solve.solver import Spec, round_to_nearest, solve
 from deltazip.compress.walk import Models, Piece, Progress
 from deltazip.compress.workspace import Workspace
 

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from deltazip.compress.lengthening import RESOLVENT_SHARES, resolvent
+from deltazip.compress.solve.lengthening import RESOLVENT_SHARES, resolvent
 
 
 class Factor:

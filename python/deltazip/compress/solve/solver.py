@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltazip.compress.choosers import FULL_SCALE_BITS, SCALE_BITS, chooser_for, fp16_scales
-from deltazip.compress.factor import Factor
-from deltazip.compress.lengthening import TRIALS, factors, lengthened, trial_rows
 from deltazip.compress.pack import DeltaType, QuantizedMatrix, check_group_size
-from deltazip.compress.replays import Replays
-from deltazip.compress.sweep import expand, refit_scales, sweep
+from deltazip.compress.solve.choosers import FULL_SCALE_BITS, SCALE_BITS, chooser_for, fp16_scales
+from deltazip.compress.solve.factor import Factor
+from deltazip.compress.solve.lengthening import TRIALS, factors, lengthened, trial_rows
+from deltazip.compress.solve.sweep import expand, refit_scales, sweep
 
 # Rows solved together: they are independent, and this bounds memory at a large output layer. A GPU
 # takes about as long for a few as for many.
@@ -76,16 +75,13 @@ def solve(delta: Tensor, factor: Factor, spec: Spec) -> Solved:
     return solve_all([delta], factor, spec)[0]
 
 
-def solve_all(
-    deltas: Sequence[Tensor], factor: Factor, spec: Spec, replays: Replays | None = None
-) -> list[Solved]:
+def solve_all(deltas: Sequence[Tensor], factor: Factor, spec: Spec) -> list[Solved]:
     """Compresses the delta matrices that share their inputs, side by side.
 
     Args:
         deltas: [rows, columns] each, fine-tuned minus base, on the factor's device.
         factor: of the Hessian of their inputs.
         spec: type, group size and settings.
-        replays: kept by the caller from call to call, of one spec; None: of this call alone.
 
     Raises:
         ValueError: shapes do not match or a delta is not finite.
@@ -98,12 +94,11 @@ def solve_all(
             )
         if not bool(torch.isfinite(delta).all()):
             raise ValueError("the delta is not finite")
-    replays = replays or Replays()
     wanted = [delta.float() for delta in deltas]
-    target = _lengthened(wanted, factor, spec, replays) if spec.lengthening else wanted
+    target = _lengthened(wanted, factor, spec) if spec.lengthening else wanted
     most = _BLOCK_ROWS[wanted[0].device.type]
     parts = [
-        _solve_rows(rows, goal, factor, spec, replays)
+        _solve_rows(rows, goal, factor, spec)
         for rows, goal in zip(
             torch.split(torch.cat(wanted), most), torch.split(torch.cat(target), most), strict=True
         )
@@ -117,9 +112,7 @@ def solve_all(
     return [_solved(_Rows(*row), spec) for row in zip(*rows, strict=True)]
 
 
-def _lengthened(
-    wanted: Sequence[Tensor], factor: Factor, spec: Spec, replays: Replays
-) -> list[Tensor]:
+def _lengthened(wanted: Sequence[Tensor], factor: Factor, spec: Spec) -> list[Tensor]:
     """The targets of a solution that is to be as long as `wanted`; see lengthening.py."""
     hessian = factor.hessian[: factor.num_columns, : factor.num_columns]
     rows = [trial_rows(delta) for delta in wanted]
@@ -130,7 +123,7 @@ def _lengthened(
         longer = [
             lengthened(part, own, factor.resolvents) for part, own in zip(rows, by, strict=True)
         ]
-        given = _solve_rows(stacked, torch.cat(longer), factor, spec, replays).compressed(spec)
+        given = _solve_rows(stacked, torch.cat(longer), factor, spec).compressed(spec)
         by = [
             own + factors(part, got, hessian, factor.resolvents)
             for own, part, got in zip(by, rows, torch.split(given, heights), strict=True)
@@ -180,15 +173,13 @@ def _solved(rows: _Rows, spec: Spec) -> Solved:
     )
 
 
-def _solve_rows(
-    wanted: Tensor, goal: Tensor, factor: Factor, spec: Spec, replays: Replays
-) -> _Rows:
+def _solve_rows(wanted: Tensor, goal: Tensor, factor: Factor, spec: Spec) -> _Rows:
     """wanted, goal: [rows, columns]. Values are chosen for `goal`, errors are from `wanted`."""
     columns = wanted.shape[1]
     missing = factor.hessian.shape[0] - columns
     target = torch.nn.functional.pad(goal, (0, missing))
     chooser = chooser_for(spec.type, wanted.device)
-    values, kept, scales = sweep(target, factor, spec.group_size, chooser, replays)
+    values, kept, scales = sweep(target, factor, spec.group_size, chooser)
     scales = refit_scales(target, values, scales, factor, spec.group_size, spec.scale_bits)
     wanted = torch.nn.functional.pad(wanted, (0, missing))
     difference = wanted - expand(scales, spec.group_size, wanted.shape[1]) * values

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltazip.compress.choosers import Chooser, Table, fp16_scales
-from deltazip.compress.factor import Factor
-from deltazip.compress.replays import Replays
+from deltazip.compress.solve.choosers import Chooser, Table, fp16_scales
+from deltazip.compress.solve.factor import Factor
 
 # Columns whose errors reach all later ones at once: small for the cache, large for the product.
 _BLOCK_COLUMNS = 128
@@ -79,7 +78,7 @@ def _choose_block(block: _Block, group_size: int, chooser: Chooser) -> _Chosen:
 
 
 def sweep(
-    target: Tensor, factor: Factor, group_size: int, chooser: Chooser, replays: Replays
+    target: Tensor, factor: Factor, group_size: int, chooser: Chooser
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the columns of target [rows, columns].
 
@@ -102,21 +101,15 @@ def sweep(
                 searched = chooser.search_scale(weights[:, window], saliency[window])
                 found[:, numbers] = searched[:, None]
             scales = found[:, numbers]
-        inputs = (
+        block = _Block(
             weights[:, here],
             factor.upper[here, here],
             factor.inverse[groups],
             saliency[here],
             scales,
-            *(part[groups] for part in tables),
+            tuple(part[groups] for part in tables),
         )
-
-        def choose(*inputs: Tensor) -> _Chosen:
-            weights, upper, inverse, saliency, scales, *table = inputs
-            block = _Block(weights, upper, inverse, saliency, scales, tuple(table))
-            return _choose_block(block, group_size, chooser)
-
-        chosen = _Chosen(*replays.run(choose, (group_size, type(chooser).__name__), *inputs))
+        chosen = _choose_block(block, group_size, chooser)
         values[:, here], kept[:, groups] = chosen.values, chosen.kept
         found[:, numbers] = chosen.scales
         weights[:, end:] -= chosen.errors @ factor.upper[here, end:]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deltazip.compress.factor import Factor
-from deltazip.compress.lengthening import factors, lengthened, resolvent, trial_rows
 from deltazip.compress.pack import DeltaType
-from deltazip.compress.solver import Spec, solve, solve_all
+from deltazip.compress.solve.factor import Factor
+from deltazip.compress.solve.lengthening import factors, lengthened, resolvent, trial_rows
+from deltazip.compress.solve.solver import Spec, solve, solve_all
 from torch import Tensor
 
 COLUMNS = 128

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from deltazip.compress.choosers import PairChooser, chooser_for, fp16_scales
-from deltazip.compress.factor import Factor
 from deltazip.compress.pack import SIGN_STATES, TERNARY_STATES, DeltaType, pack, unpack
-from deltazip.compress.solver import Spec, round_to_nearest, solve
+from deltazip.compress.solve.choosers import PairChooser, chooser_for, fp16_scales
+from deltazip.compress.solve.factor import Factor
+from deltazip.compress.solve.solver import Spec, round_to_nearest, solve
 
 SPARSE = [
     DeltaType.SPARSE24_INT4, DeltaType.SPARSE24_INT2, DeltaType.SPARSE24_TERNARY,

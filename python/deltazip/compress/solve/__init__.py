@@ -1,0 +1,1 @@
+"""From a delta matrix and the Hessian of its inputs to codes and scales."""
