@@ -106,7 +106,7 @@ TEST_P(DeltaCacheTest, ASlotHoldsTheBytesOfItsDelta) {
   }
 }
 
-// Short pieces, so that other copies get between them, and every byte in its place.
+// Short pieces, one at a time, so that other copies get between them, and every byte in its place.
 TEST_P(DeltaCacheTest, ALargeDeltaComesInPieces) {
   test::TemporaryFolder folder;
   const auto path = folder.path() / "delta.safetensors";
@@ -116,8 +116,9 @@ TEST_P(DeltaCacheTest, ALargeDeltaComesInPieces) {
   DeltaStore large(backend, builder.base_digest,
                    {{"lm_head.weight", Shape({2, 2})}, {"model.norm.weight", Shape({2'500'000})}},
                    0);
-  int num_copies = 0;
-  backend.on_copy = [&] { ++num_copies; };
+  int num_copies = 0, num_done = 0;
+  backend.on_copy = [&] { EXPECT_EQ(num_done, num_copies++) << "a piece is still under way"; };
+  backend.on_synchronize = [&] { ++num_done; };
   DeltaCache cache(backend, large, 1);
   const std::int32_t handle = large.add(path);
   cache.begin_load(0, handle);
@@ -126,6 +127,7 @@ TEST_P(DeltaCacheTest, ALargeDeltaComesInPieces) {
   ASSERT_EQ(host->bytes.num_bytes(), 10'000'000U);
   EXPECT_EQ(std::memcmp(cache.get(0)->base, host->bytes.data(), host->bytes.num_bytes()), 0);
   EXPECT_EQ(num_copies, GetParam() ? 0 : 3);
+  EXPECT_EQ(num_done, num_copies);
 }
 
 TEST_P(DeltaCacheTest, LoadsDoNotStallTheirCaller) {

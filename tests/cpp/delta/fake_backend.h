@@ -20,6 +20,7 @@ class FakeBackend : public Backend {
 
   std::function<void()> on_tile;            // before each matrix
   std::function<void()> on_copy;            // before each copy to the device
+  std::function<void()> on_synchronize;     // of a stream
   std::atomic<bool> host_is_full{false};    // allocate_host throws
   std::atomic<bool> device_is_full{false};  // allocate throws
   mutable std::atomic<int> num_tiled{0};
@@ -37,7 +38,7 @@ class FakeBackend : public Backend {
   Buffer allocate_host(std::size_t num_bytes) override {
     return make(num_bytes, host_is_full, host_bytes);
   }
-  std::unique_ptr<Stream> create_stream() override { return std::make_unique<FakeStream>(); }
+  std::unique_ptr<Stream> create_stream() override { return std::make_unique<FakeStream>(*this); }
   std::unique_ptr<Event> create_event() override { return std::make_unique<FakeEvent>(); }
   void copy_to_device(void* device, const void* host, std::size_t num_bytes, Stream&) override {
     if (on_copy) on_copy();
@@ -71,7 +72,14 @@ class FakeBackend : public Backend {
 
  private:
   class FakeStream : public Stream {
-    void synchronize() override {}
+   public:
+    explicit FakeStream(FakeBackend& backend) : backend_(backend) {}
+
+   private:
+    void synchronize() override {
+      if (backend_.on_synchronize) backend_.on_synchronize();
+    }
+    FakeBackend& backend_;
   };
   class FakeEvent : public Event {
     double ms_since(const Event&) const override { return 0.0; }
