@@ -106,19 +106,6 @@ std::uint32_t word_at(const unsigned char* from, int index) {
   return word;
 }
 
-std::uint32_t int2_field(std::uint32_t word, int field) {
-  switch (field) {
-    case 0:
-      return int2_bytes<0>(word);
-    case 1:
-      return int2_bytes<1>(word);
-    case 2:
-      return int2_bytes<2>(word);
-    default:
-      return int2_bytes<3>(word);
-  }
-}
-
 float unit_of(DeltaType type) {
   switch (type) {
     case DeltaType::kSparse24Int4:
@@ -152,11 +139,8 @@ LaneRegisters ternary_registers(const unsigned char* record, int r, int y, int l
   std::uint32_t metadata[4];
   ternary_metadata(metadata, planes_of(lane));
   LaneRegisters out{{}, metadata[2 * y + r % 2]};
-  for (int h = 0; h < 2; ++h) {
-    const std::uint32_t word = digits.of[h][r % 2];
-    const auto h2 = static_cast<std::size_t>(2 * h);
-    out.a[h2] = y == 0 ? ternary_bytes<0, 0>(word) : ternary_bytes<0, 1>(word);
-    out.a[h2 + 1] = y == 0 ? ternary_bytes<1, 0>(word) : ternary_bytes<1, 1>(word);
+  for (int i = 0; i < 4; ++i) {
+    out.a[static_cast<std::size_t>(i)] = ternary_bytes(digits.of[i / 2][r % 2], i % 2, y);
   }
   return out;
 }
@@ -177,7 +161,7 @@ LaneRegisters registers(const unsigned char* record, DeltaType type, int r, int 
       return out;
     case DeltaType::kSparse24Int2:
       for (int i = 0; i < 4; ++i) {
-        out.a[static_cast<std::size_t>(i)] = int2_field(word_at(record, at * 4 + e), i);
+        out.a[static_cast<std::size_t>(i)] = int2_bytes(word_at(record, at * 4 + e), i);
       }
       out.metadata = word_at(record + 1024, at * 4 + e);
       return out;

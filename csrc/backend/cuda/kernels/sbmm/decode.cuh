@@ -61,9 +61,8 @@ DZ_HOST_DEVICE std::uint32_t int4_bytes(std::uint32_t word, bool is_high) {
 // sparse24_int2: a word is registers a[0..3], register i at bits 2 i of each byte, the code with
 // its upper bit turned over: code - 2 in two's complement, so with a one below it 2 code - 3.
 inline constexpr float kInt2Unit = 32.0F;
-template <int kField>
-DZ_HOST_DEVICE std::uint32_t int2_bytes(std::uint32_t word) {
-  return take_bits(word << (6 - 2 * kField), 0xC0C0C0C0u, 0x20202020u);
+DZ_HOST_DEVICE std::uint32_t int2_bytes(std::uint32_t word, int field) {
+  return take_bits(word << (6 - 2 * field), 0xC0C0C0C0u, 0x20202020u);
 }
 
 // Ternary groups. A state is five bits: index planes a, b, c and signs s0, s1 (1 is minus).
@@ -134,9 +133,8 @@ DZ_HOST_DEVICE TernaryDigits ternary_digits(std::uint32_t s0, std::uint32_t s1,
 }
 
 inline constexpr float kTernaryUnit = 64.0F;
-template <int kT, int kY>
-DZ_HOST_DEVICE std::uint32_t ternary_bytes(std::uint32_t digits) {
-  return digits << (6 - 2 * (2 * kT + kY)) & 0xC0C0C0C0u;
+DZ_HOST_DEVICE std::uint32_t ternary_bytes(std::uint32_t digits, int t, int y) {
+  return digits << (6 - 2 * (2 * t + y)) & 0xC0C0C0C0u;
 }
 
 // dense_int4: a word is registers a[2h] and a[2h + 1] as above; dense_int8: a word is a register.

@@ -109,7 +109,7 @@ struct Words<DeltaType::kSparse24Int2> {
   template <int kY, int kR>
   __device__ __forceinline__ SparseFragment fragment() const {
     const std::uint32_t word = get<2 * kY + kR>(values);
-    return {{int2_bytes<0>(word), int2_bytes<1>(word), int2_bytes<2>(word), int2_bytes<3>(word)},
+    return {{int2_bytes(word, 0), int2_bytes(word, 1), int2_bytes(word, 2), int2_bytes(word, 3)},
             get<2 * kY + kR>(indices)};
   }
 };
@@ -120,8 +120,8 @@ struct TernaryTiles {
 
   template <int kY, int kR>
   __device__ __forceinline__ SparseFragment fragment() const {
-    return {{ternary_bytes<0, kY>(digits.of[0][kR]), ternary_bytes<1, kY>(digits.of[0][kR]),
-             ternary_bytes<0, kY>(digits.of[1][kR]), ternary_bytes<1, kY>(digits.of[1][kR])},
+    return {{ternary_bytes(digits.of[0][kR], 0, kY), ternary_bytes(digits.of[0][kR], 1, kY),
+             ternary_bytes(digits.of[1][kR], 0, kY), ternary_bytes(digits.of[1][kR], 1, kY)},
             metadata[2 * kY + kR]};
   }
 };

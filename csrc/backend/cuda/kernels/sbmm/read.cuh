@@ -77,8 +77,7 @@ DZ_HOST_DEVICE GroupValues read_group(const unsigned char* record, DeltaType typ
   const std::uint32_t word =
       is_int4 ? int4_bytes(word_at(record, ((2 * pair + y) * 32 + lane % 32) * 4 + r % 2 * 2 + h),
                            t == 1)
-              : take_bits(word_at(record, lane * 4 + e) << (6 - 2 * (t + 2 * h)), 0xC0C0C0C0u,
-                          0x20202020u);
+              : int2_bytes(word_at(record, lane * 4 + e), t + 2 * h);
   const float unit = 1.0F / (is_int4 ? kInt4Unit : kInt2Unit);
   return read_detail::scatter(nibble, byte_at(word, 2 * g) * unit, byte_at(word, 2 * g + 1) * unit);
 }
